@@ -1,0 +1,28 @@
+"""Notebooks that define, explain and are the code of every way to train a language model.
+
+Nothing heavy is imported here: the names below are looked up in their modules at first use.
+"""
+__version__ = "0.1.0"
+
+_names = {
+    "batch": "Example Batch Noise Trace sees collate",
+    "text": "train_bpe train_chars load_tokenizer examples chat",
+    "corpora": "catalogue corpus apis link_graph",
+    "model": "Size LM Transformer load save",
+    "objective": "Objective CLM PrefixLM shift hide nll logp annotated",
+    "train": "Task Loader Trainer Callback Progress History",
+    "generate": "generate",
+    "evaluate": "bits_per_byte",
+    "views": "paint paint_loss",
+}
+_where = {name: module for module, names in _names.items() for name in names.split()}
+__all__ = ["__version__", *_where]
+
+
+def __getattr__(name: str):
+    from importlib import import_module
+    if name in _where: return getattr(import_module(f"lmtrain.{_where[name]}"), name)
+    raise AttributeError(f"module 'lmtrain' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]: return sorted({*globals(), *__all__})
