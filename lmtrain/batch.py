@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['Example', 'sees', 'starts', 'Columns', 'Derived', 'Batch', 'first_fit', 'lay', 'collate', 'mix', 'Noise', 'Trace']
+__all__ = ['Example', 'sees', 'starts', 'Columns', 'Derived', 'Batch', 'check', 'first_fit', 'lay', 'collate', 'mix', 'Noise',
+           'Trace']
 
 # %% ../nbs/0_core/00_batch.ipynb #imports-2
 from bisect import bisect_left, insort
@@ -147,7 +148,7 @@ class Batch(Derived):
         return replace(self.each(Tensor.pin_memory), _asked=self.asked.pin_memory(), _causal=self.is_causal)
 
 # %% ../nbs/0_core/00_batch.ipynb #check
-def _check(examples: list[Example], T: int, pack: bool) -> None:
+def check(examples: list[Example], T: int, pack: bool) -> None:
     "Name the first fault that would make a wrong batch, and the remedy."
     for n, e in enumerate(examples):
         first, where = examples[0], f"example {n if e.index is None else e.index}"
@@ -216,7 +217,7 @@ def collate(items: Sequence[Example | list[Example]], T: int | None = None, pack
     if T is None: T = max(map(len, flat), default=0)
     if pack and any(len(g) > 1 for g in groups):
         raise ValueError("items of several examples cannot share rows: use pack=False")
-    _check(flat, T, pack)
+    check(flat, T, pack)
     flat = [replace(e, index=n) if e.index is None else e for n, e in enumerate(flat)]
     if pack: return lay([[flat[i] for i in row] for row in first_fit([len(e) for e in flat], T)], T, pad)
     item = [n for n, g in enumerate(groups) for _ in g]
