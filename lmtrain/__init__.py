@@ -1,7 +1,9 @@
-"""Notebooks that define, explain and are the code of every way to train a language model.
+"""Notebooks that define, explain and are the code of every way to train a language model
 
-Nothing heavy is imported here: the names below are looked up in their modules at first use.
-"""
+Modules:
+
+- `lmtrain.cli`: The command line: `lmtrain tour`, `lmtrain data`, `lmtrain doctor`."""
+
 __version__ = "0.1.0"
 
 _names = {

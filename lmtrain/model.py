@@ -148,7 +148,7 @@ def moved(model: LM, b: Batch, j: int) -> Tensor:
     "Which hidden states change when token `j` of every row is replaced: (B,T) bool."
     was_training = model.training
     model.eval()
-    other = b.ids.clone(); other[:, j] = (other[:, j] + 1) % model.size.vocab          # (B,T)
+    other = b.ids.clone(); other[:, j] = torch.where(other[:, j] > 0, other[:, j] - 1, 1)  # (B,T)
     change = (model(b.set(ids=other)) - model(b)).abs().amax(-1)                       # (B,T)
     model.train(was_training)
     return change > 0
@@ -160,7 +160,8 @@ def to_transformers(model: Transformer) -> Qwen3ForCausalLM:
     net = Qwen3ForCausalLM(Qwen3Config(
         vocab_size=s.vocab, hidden_size=s.dim, intermediate_size=s.ff, num_hidden_layers=s.layers,
         num_attention_heads=s.heads, num_key_value_heads=s.kv, head_dim=s.head_dim, max_position_embeddings=s.length,
-        rope_parameters={"rope_type": "default", "rope_theta": s.theta}, tie_word_embeddings=True, use_sliding_window=False))
+        rope_parameters={"rope_type": "default", "rope_theta": s.theta}, tie_word_embeddings=True,
+        use_sliding_window=False))
     weights = {f"model.{k}": v for k, v in model.state_dict().items() if k != "head.weight"}
     net.load_state_dict({**weights, "lm_head.weight": model.head.weight})
     return net.eval()

@@ -37,7 +37,8 @@ def hide(b: Batch, hit: Tensor, mask_id: int) -> Batch:
 def nll(model: LM, b: Batch, forbid: tuple[int, ...] = (), temperature: float = 1.0) -> Tensor:
     "Negative log-likelihood in nats of the target at each of `b.asked`; 0 at its filling. (N,) float."
     h = model(b).flatten(0, 1)[b.asked]                                                # (N,D)
-    logits = model.head(h).float() / temperature                                       # (N,V)
+    logits = model.head(h).float()                                                     # (N,V)
+    if temperature != 1.0: logits = logits / temperature                               # (N,V)
     if forbid: logits = logits.index_fill(1, torch.tensor(forbid, device=h.device), -torch.inf)
     targets = b.targets.flatten()[b.asked].masked_fill(b.asked < 0, -100)              # (N,)
     return F.cross_entropy(logits, targets, reduction="none", ignore_index=-100)       # (N,)

@@ -79,11 +79,11 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerFast:
     except (OSError, ValueError) as e:
         raise OSError(f"no tokenizer at {str(name_or_path)!r}: give a directory with tokenizer.json, or a hub name "
                       f"while online ({str(e).splitlines()[0][:80]})") from None
-    lacking = {k: v for k, v in SPECIALS.items() if getattr(tok, k) is None}
+    lacking: dict = {k: v for k, v in SPECIALS.items() if getattr(tok, k) is None}
     if tok.pad_token is not None and tok.pad_token == tok.eos_token:
         lacking["pad_token"] = SPECIALS["pad_token"]
     if lacking: tok.add_special_tokens(lacking)
-    return tok
+    return cast(PreTrainedTokenizerFast, tok)
 
 # %% ../nbs/0_core/01_text.ipynb #cut
 def cut(n: int, T: int, overlap: int = 1) -> list[tuple[int, int, int]]:
@@ -153,5 +153,6 @@ def chat(messages: Sequence[dict[str, str]], tok: PreTrainedTokenizerFast) -> Ex
     for m in messages:
         if wrong := [s for s in tok.all_special_tokens if s in m["content"]]:
             raise ValueError(f"a {m['role']} message spells the special token {wrong[0]}: remove it or escape it")
-    out = tok.apply_chat_template(list(messages), tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+    out = cast(dict, tok.apply_chat_template(list(messages), tokenize=True, return_dict=True,
+                                             return_assistant_tokens_mask=True))
     return Example(list(out["input_ids"]), [bool(a) for a in out["assistant_masks"]])

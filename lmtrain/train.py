@@ -18,14 +18,14 @@ from contextlib import nullcontext
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 # %% ../nbs/0_core/05_train.ipynb #imports-3
 import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 # %% ../nbs/0_core/05_train.ipynb #imports-4
@@ -90,7 +90,8 @@ class Bins:
         for block in self.blocks(epoch, used // BLOCK):
             for unit, n in units(block, self.T, self.pack):
                 if at < used: at += n; continue
-                if len(unit) > self.rows: raise ValueError(f"an item has {len(unit)} rows, rows={self.rows}: raise rows")
+                if len(unit) > self.rows:
+                    raise ValueError(f"an item has {len(unit)} rows, rows={self.rows}: raise rows")
                 if sum(map(len, bin)) + len(unit) > self.rows: yield bin, at; bin = []
                 bin.append(unit); at += n
         if bin: yield bin, at
@@ -134,8 +135,8 @@ class Loader:
         ends: list[tuple[int, int]] = []
         def bins():
             for end, job in self.jobs(): ends.append(end); yield job
-        made = DataLoader(_Made(self.make), sampler=bins(), batch_size=None, num_workers=self.workers) \
-            if self.workers else map(self.make, bins())
+        made: Iterable[Batch] = map(self.make, bins())
+        if self.workers: made = DataLoader(_Made(self.make), None, sampler=bins(), num_workers=self.workers)
         for b in made:
             self.epoch, self.used = ends.pop(0)
             yield b
@@ -145,7 +146,7 @@ class Loader:
     def load_state_dict(self, state: dict[str, int]) -> None: self.epoch, self.used = state["epoch"], state["used"]
 
 
-class _Made:  # lets a DataLoader call `make` in its workers
+class _Made(Dataset):  # lets a DataLoader call `make` in its workers
     def __init__(self, make): self.make = make
     def __getitem__(self, job): return self.make(job)
 
@@ -194,11 +195,13 @@ class Muon(torch.optim.Optimizer):
             for p in group["params"]:
                 if p.grad is not None: alike.setdefault((p.shape, p.dtype, p.device), []).append(p)
             for ps in alike.values():
-                for p in ps: self.state[p].setdefault("momentum", torch.zeros_like(p)).lerp_(p.grad, 1 - group["momentum"])
-                ahead = [p.grad.lerp(self.state[p]["momentum"], group["momentum"]) for p in ps]
+                grads = [cast(Tensor, p.grad) for p in ps]
+                means = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in ps]
+                torch._foreach_lerp_(means, grads, 1 - group["momentum"])
+                ahead = torch._foreach_lerp(grads, means, group["momentum"])           # (r,c) each
                 scale = 0.2 * max(ps[0].shape) ** 0.5 * group["lr"]
                 torch._foreach_mul_(ps, 1 - group["lr"] * group["weight_decay"])
-                torch._foreach_add_(ps, list(orthogonal(torch.stack(ahead))), alpha=-scale)
+                torch._foreach_add_(ps, list(orthogonal(torch.stack(list(ahead)))), alpha=-scale)
 
 # %% ../nbs/0_core/05_train.ipynb #together
 class Together:
@@ -302,7 +305,8 @@ class Steps:
         "Named scalars summed over micro-batches and ranks."
         names = list(terms[0])
         device = self.accelerator.device
-        sums = torch.stack([sum(t[n].detach().to(device, torch.float64) for t in terms) for n in names])  # (names,)
+        each = [[t[n].detach().to(device, torch.float64) for t in terms] for n in names]
+        sums = torch.stack([torch.stack(e).sum() for e in each])                       # (names,)
         if self.accelerator.num_processes > 1: sums = self.accelerator.reduce(sums, "sum")
         return dict(zip(names, sums, strict=True))
 

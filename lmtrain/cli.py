@@ -1,0 +1,111 @@
+"""The command line: `lmtrain tour`, `lmtrain data`, `lmtrain doctor`.
+
+Heavy imports wait inside the commands, so that `lmtrain --help` answers at once. Every error is one line that says what
+is wrong and what to do; `--debug` adds the traceback.
+"""
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import sys
+from typing import Annotated, Optional
+
+import typer
+
+from . import __version__
+
+app = typer.Typer(name="lmtrain", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+                  context_settings={"help_option_names": ["-h", "--help"]})
+data_app = typer.Typer(no_args_is_help=True, help="Text to train on: what is known by name, and where it comes from.")
+app.add_typer(data_app, name="data")
+
+
+def _version(wanted: bool) -> None:
+    if wanted: print(f"lmtrain {__version__}"); raise typer.Exit
+
+
+@app.callback()
+def _lmtrain(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True,
+                                                   help="Print the version and stop.")] = False,
+             debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False) -> None:
+    "Train small language models, and see how it is done."
+
+
+@app.command()
+def tour(data: Annotated[str, typer.Option(help="A name of `lmtrain data list`, a path, or owner/name on the hub."
+                                           )] = "shakespeare",
+         minutes: Annotated[Optional[float], typer.Option(help="How long to train; by default 3.")] = None,
+         steps: Annotated[Optional[int], typer.Option(help="How many steps to train, instead of minutes.")] = None,
+         out: Annotated[str, typer.Option(help="Where the report, the samples and the model go.")] = "tour",
+         scale: Annotated[Optional[str], typer.Option(help="Sizes: laptop, classroom or gpu.")] = None,
+         ) -> None:
+    "Train a small language model on real text, and write a report about its life."
+    _reuse_memory()
+    from .settings import scale as sizes
+    wanted = sizes(scale)
+    print("Starting ...", flush=True)
+    from .tour import tour as run
+    run(data, minutes, steps, out, sizes=wanted)
+
+
+@data_app.command("list")
+def data_list() -> None:
+    "Print the corpora that are known by name."
+    from .corpora import catalogue
+    for name, c in catalogue().iterrows():
+        size = f"{c.megabytes:.1f} MB" if c.megabytes else "no download"
+        print(f"{name:<12} {size:>11}  {c.about}\n{'':<26}licence: {c.licence}")
+    print("A path to txt, jsonl, csv or parquet works as well, and owner/name on the hub.")
+
+
+@data_app.command("get")
+def data_get(name: Annotated[str, typer.Argument(help="A name of `lmtrain data list`, or owner/name.")]) -> None:
+    "Fetch a corpus, check it, and say what is in it."
+    from .corpora import cache_dir, catalogue, corpus
+    known = catalogue()
+    if name in known.index: print(f"{known.loc[name].about}\nlicence: {known.loc[name].licence}", flush=True)
+    for split, rows in corpus(name).items():
+        print(f"{split:<10} {len(rows):>7,} documents, {sum(len(t.encode()) for t in rows['text'][:]) / 1e6:.2f} MB")
+    print(f"kept in {cache_dir()}")
+
+
+@app.command()
+def doctor() -> None:
+    "Say what this machine has, and what is missing."
+    from .doctor import doctor as examine
+    if not examine(): raise typer.Exit(1)
+
+
+def _reuse_memory() -> None:
+    "Ask glibc to keep freed memory for the next step instead of returning it: a tenth of a step on a CPU."
+    if sys.platform == "linux":
+        try: mallopt = ctypes.CDLL(None).mallopt
+        except AttributeError: return  # another C library
+        for option, size in ((-3, 2**30), (-1, 2**31 - 1)): mallopt(option, size)  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+
+
+def _explained(e: BaseException) -> str:
+    if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT):
+        return (f"the disk is full ({e.filename or 'while writing'}): free some space, or choose another place with "
+                "--out, or with LMTRAIN_CACHE for downloads")
+    if isinstance(e, PermissionError) and e.filename:
+        return f"{e.filename} may not be written: choose another place with --out, or with LMTRAIN_CACHE for downloads"
+    if isinstance(e, ImportError): return f"{e}: install it with pip, or run lmtrain doctor to see what is missing"
+    text = e.strerror + f": {e.filename}" if isinstance(e, OSError) and e.strerror and e.filename else str(e)
+    return " ".join(text.split()) or type(e).__name__
+
+
+def main() -> None:
+    "Run a command; 0 is fine, 1 an error, 2 a wrong command line, 130 stopped by Ctrl-C."
+    debug, words = "--debug" in sys.argv[1:], [w for w in sys.argv[1:] if w != "--debug"]
+    try: sys.exit(app(words, prog_name="lmtrain", standalone_mode=False) or 0)
+    except typer.Exit as e: sys.exit(e.exit_code)
+    except (KeyboardInterrupt, typer.Abort): print("\nlmtrain: stopped", file=sys.stderr); sys.exit(130)
+    except BrokenPipeError: os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()); sys.exit(1)
+    except Exception as e:
+        if hasattr(e, "format_message"):  # typer's own errors, about the command line; empty after printing help
+            if wrong := e.format_message().rstrip("."): print(f"lmtrain: {wrong}; see lmtrain --help", file=sys.stderr)
+            sys.exit(2)
+        if debug: raise
+        print(f"lmtrain: {_explained(e)}", file=sys.stderr); sys.exit(1)

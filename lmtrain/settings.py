@@ -1,0 +1,50 @@
+"The scale of the lessons, read from settings.ini, and the data files that come with the package."
+from __future__ import annotations
+
+import os
+from configparser import ConfigParser
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+_HERE = Path(__file__).parent
+
+
+def data_file(name: str) -> Path:
+    "A file that comes with the project: inside an installed package, or in a checkout. Raises FileNotFoundError."
+    for path in (_HERE / "_data" / name, _HERE.parent / "data" / name, _HERE.parent / name):
+        if path.is_file(): return path
+    raise FileNotFoundError(f"{name} is missing from this installation of lmtrain: install it again")
+
+
+@dataclass(frozen=True)
+class Scale:
+    "How large the lessons and the tour are."
+    vocab: int      # tokens in the vocabulary
+    dim: int        # width of the model
+    heads: int      # attention heads
+    layers: int     # layers
+    length: int     # tokens in a row
+    rows: int       # rows in a step
+    lr: float       # learning rate
+    minutes: float  # of training in the tour
+    seed: int       # the first seed
+    seeds: int      # how many seeds an experiment takes
+
+
+def scale(name: str | None = None) -> Scale:
+    """The scale `name` of settings.ini; by default $LMTRAIN_SCALE, or "laptop".
+
+    Raises ValueError, naming the file, for an unknown name, a missing key, or a value that is not a number.
+    """
+    path = data_file("settings.ini")
+    name = name or os.environ.get("LMTRAIN_SCALE") or "laptop"
+    ini = ConfigParser(interpolation=None)
+    ini.read(path, encoding="utf-8")
+    if name not in ini: raise ValueError(f"no scale {name!r} in {path}: choose one of {', '.join(ini.sections())}")
+    values: dict[str, float] = {}
+    for f in fields(Scale):
+        kind, text = {"int": int, "float": float}[str(f.type)], ini[name].get(f.name)
+        if text is None: raise ValueError(f"{path}: [{name}] has no {f.name}")
+        try: values[f.name] = kind(text)
+        except ValueError: raise ValueError(f"{path}: [{name}] {f.name} = {text} is not a number") from None
+    return Scale(**values)  # type: ignore[arg-type]

@@ -1,0 +1,28 @@
+"Everything is in pyproject.toml; this copies settings.ini and data/*.json into the wheel, as lmtrain/_data/."
+import shutil
+from pathlib import Path
+
+from setuptools import setup
+from setuptools.command.build_py import build_py
+
+HERE = Path(__file__).parent
+
+
+class WithData(build_py):
+    "The package's modules, and the data files beside them."
+    def data(self) -> dict[Path, Path]:
+        return {source: Path(self.build_lib, "lmtrain", "_data", source.name)
+                for source in [HERE / "settings.ini", *sorted((HERE / "data").glob("*.json"))]}
+
+    def run(self):
+        super().run()
+        if self.editable_mode: return  # a checkout finds them where they are
+        for source, target in self.data().items():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, target)
+
+    def get_outputs(self, include_bytecode=True):
+        return [*super().get_outputs(include_bytecode), *map(str, self.data().values())]
+
+
+setup(cmdclass={"build_py": WithData})
