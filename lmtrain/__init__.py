@@ -1,11 +1,8 @@
-"""Notebooks that define, explain and are the code of every way to train a language model
-
-Modules:
-
-- `lmtrain.cli`: The command line: `lmtrain tour`, `lmtrain data`, `lmtrain doctor`."""
+"""Notebooks that define, explain and are the code of every way to train a language model"""
 
 __version__ = "0.1.0"
 
+# Nothing heavy is imported here: these names are looked up in their modules at first use.
 _names = {
     "batch": "Example Batch Noise Trace sees collate",
     "text": "train_bpe train_chars load_tokenizer examples chat",

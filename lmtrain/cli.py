@@ -1,8 +1,6 @@
-"""The command line: `lmtrain tour`, `lmtrain data`, `lmtrain doctor`.
-
-Heavy imports wait inside the commands, so that `lmtrain --help` answers at once. Every error is one line that says what
-is wrong and what to do; `--debug` adds the traceback.
-"""
+"The command line: `lmtrain tour`, `lmtrain data`, `lmtrain doctor`."
+# Heavy imports wait inside the commands, so that `lmtrain --help` answers at once. Every error is one line that says
+# what is wrong and what to do; `--debug` adds the traceback.
 from __future__ import annotations
 
 import ctypes
@@ -62,7 +60,8 @@ def data_list() -> None:
 @data_app.command("get")
 def data_get(name: Annotated[str, typer.Argument(help="A name of `lmtrain data list`, or owner/name.")]) -> None:
     "Fetch a corpus, check it, and say what is in it."
-    from .corpora import cache_dir, catalogue, corpus
+    from .corpora import catalogue, corpus
+    from .settings import cache_dir
     known = catalogue()
     if name in known.index: print(f"{known.loc[name].about}\nlicence: {known.loc[name].licence}", flush=True)
     for split, rows in corpus(name).items():
@@ -99,8 +98,10 @@ def _explained(e: BaseException) -> str:
 def main() -> None:
     "Run a command; 0 is fine, 1 an error, 2 a wrong command line, 130 stopped by Ctrl-C."
     debug, words = "--debug" in sys.argv[1:], [w for w in sys.argv[1:] if w != "--debug"]
-    try: sys.exit(app(words, prog_name="lmtrain", standalone_mode=False) or 0)
-    except typer.Exit as e: sys.exit(e.exit_code)
+    try:
+        code = app(words, prog_name="lmtrain", standalone_mode=False) or 0
+        if code == 130: print("\nlmtrain: stopped", file=sys.stderr)
+        sys.exit(code)
     except (KeyboardInterrupt, typer.Abort): print("\nlmtrain: stopped", file=sys.stderr); sys.exit(130)
     except BrokenPipeError: os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()); sys.exit(1)
     except Exception as e:

@@ -6,10 +6,9 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['PACKAGES', 'KINDS', 'xz_bits', 'shingles', 'near_duplicates', 'coin', 'held_out', 'docstrings', 'harvest',
-           'cache_dir', 'kept', 'python_docs', 'catalogue', 'fetch', 'dig', 'read_wheel', 'checked', 'passages', 'own',
-           'from_hub', 'named', 'find', 'corpus', 'Api', 'public', 'signature', 'apis', 'Links', 'mentions',
-           'link_graph']
+__all__ = ['PACKAGES', 'KINDS', 'xz_bits', 'shingles', 'near_duplicates', 'coin', 'held_out', 'docstrings', 'harvest', 'kept',
+           'python_docs', 'catalogue', 'fetch', 'lines', 'dig', 'read_wheel', 'checked', 'passages', 'own', 'from_hub',
+           'named', 'find', 'corpus', 'Api', 'public', 'signature', 'apis', 'Links', 'mentions', 'link_graph']
 
 # %% ../nbs/0_core/02_corpora.ipynb #imports-2
 import ast, codecs, hashlib, importlib, importlib.util, inspect, json, lzma, os, re
@@ -28,7 +27,7 @@ import pandas as pd
 from datasets import Dataset, DatasetDict, IterableDatasetDict, disable_progress_bars, load_dataset
 
 # %% ../nbs/0_core/02_corpora.ipynb #imports-4
-from .settings import data_file
+from .settings import cache_dir, data_file
 
 # %% ../nbs/0_core/02_corpora.ipynb #xz
 def xz_bits(train: Iterable[str], validation: Iterable[str]) -> float:
@@ -117,12 +116,6 @@ def harvest(root: Path, name: str = "") -> Iterator[tuple[str, str]]:
         yield from docstrings(tree, ".".join(parts) or root.name)
 
 # %% ../nbs/0_core/02_corpora.ipynb #cache
-def cache_dir() -> Path:
-    "Where downloads and harvests are kept: $LMTRAIN_CACHE, else $XDG_CACHE_HOME/lmtrain, else ~/.cache/lmtrain."
-    if own := os.environ.get("LMTRAIN_CACHE"): return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lmtrain"
-
-
 def kept(path: Path, make: Callable[[Path], None]) -> Path:
     "`path`, made by `make(temporary path)` and renamed if it is not there yet."
     if not path.exists():
@@ -183,6 +176,9 @@ def fetch(entry: pd.Series) -> Path:
     return path
 
 # %% ../nbs/0_core/02_corpora.ipynb #read-wheel
+def lines(text: str) -> list[str]: return [s for s in text.split("\n") if s.strip()]
+
+
 def dig(row, path: str) -> str:
     "The value at a path such as `input.1.content`."
     for key in path.split("."): row = row[int(key) if key.isdigit() else key]
@@ -195,7 +191,7 @@ def read_wheel(path: Path, entry: pd.Series) -> Iterator[str]:
     with zipfile.ZipFile(path) as wheel:
         for name in sorted(n for n in wheel.namelist() if fnmatch(n, entry.files)):
             whole = wheel.read(name).decode("utf-8")
-            for text in [whole] if entry.text is None else (dig(json.loads(s), entry.text) for s in whole.splitlines()):
+            for text in [whole] if entry.text is None else (dig(json.loads(s), entry.text) for s in lines(whole)):
                 if entry["drop"]: text = re.sub(entry["drop"], "", text)
                 if text.strip() and text not in known: known.add(text); yield text.strip() + "\n"
 
@@ -217,11 +213,13 @@ def checked(path: Path) -> list[Path]:
         if p.suffix == ".parquet": continue
         with p.open("rb") as f:
             decoder, at = codecs.getincrementaldecoder("utf-8")(), 0
-            while part := f.read(2**20):
-                try: decoder.decode(part, final=len(part) < 2**20)
+            while True:
+                part, waiting = f.read(2**20), len(decoder.getstate()[0])  # bytes of a character that was cut
+                try: decoder.decode(part, final=not part)
                 except UnicodeDecodeError as e:
-                    raise ValueError(f"{p} is not UTF-8 (byte {at + e.start:,}): convert it, for example with "
-                                     f"iconv -f latin1 -t utf-8") from None
+                    raise ValueError(f"{p} is not UTF-8 (byte {at - waiting + e.start:,}): convert it, for example "
+                                     "with iconv -f latin1 -t utf-8") from None
+                if not part: break
                 at += len(part)
     return files
 
@@ -298,7 +296,8 @@ def corpus(name_or_path: str | Path, column: str = "text", streaming: bool = Fal
         raise ValueError(f"{name_or_path} has no column {column!r}; it has {', '.join(columns)}")
     def shape(row):
         return {"title": str(row.get("title") or row[column].strip()[:80].split("\n")[0]), "text": row[column]}
-    tidy = lambda d: d.filter(lambda r: bool((r[column] or "").strip())).map(shape, remove_columns=list(columns))
+    tidy = lambda d: d.filter(lambda r: bool((r[column] or "").strip()))\
+        .map(shape, remove_columns=list(columns)).select_columns(["title", "text"])
     known = next((n for n in ("validation", "valid", "dev", "test") if n in data), None)
     kind = IterableDatasetDict if streaming else DatasetDict
     if known: return kind({"train": tidy(train), "validation": tidy(data[known])})

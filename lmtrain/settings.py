@@ -16,6 +16,12 @@ def data_file(name: str) -> Path:
     raise FileNotFoundError(f"{name} is missing from this installation of lmtrain: install it again")
 
 
+def cache_dir() -> Path:
+    "Where downloads are kept: $LMTRAIN_CACHE, else $XDG_CACHE_HOME/lmtrain, else ~/.cache/lmtrain."
+    if own := os.environ.get("LMTRAIN_CACHE"): return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lmtrain"
+
+
 @dataclass(frozen=True)
 class Scale:
     "How large the lessons and the tour are."

@@ -351,7 +351,7 @@ class Trainer(Steps):
         if compile: self.task = torch.compile(self.task)  # type: ignore[assignment]
         self.optimizer = optimizer(self.task, lr)
         for g in self.optimizer.param_groups: g["initial_lr"] = g["lr"]
-        self.history, self.done, self.stop = history or History(), 0, False
+        self.history, self.done, self.stop = History() if history is None else history, 0, False
 
     def stream(self) -> Iterator[list[Batch]]:
         "Windows of micro-batches on the device; a finite iterable starts again."

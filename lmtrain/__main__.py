@@ -1,0 +1,4 @@
+"`python -m lmtrain`: the command line."
+from .cli import main
+
+main()
