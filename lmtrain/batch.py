@@ -74,6 +74,14 @@ class Columns:
 
 _COLUMNS = tuple(f.name for f in fields(Columns) if f.name != "extra" and not f.name.startswith("_"))
 
+# %% ../nbs/0_core/00_batch.ipynb #is-causal
+def _causal(b: Columns) -> bool:
+    real = b.doc > 0                                                                   # (B,T)
+    one = ((b.doc == b.doc[:, :1]) | ~real).all()
+    tail = (real[:, :-1] | ~real[:, 1:]).all()
+    rises = ((b.order[:, 1:] > b.order[:, :-1]) | ~real[:, 1:]).all()
+    return bool(one & tail & rises)
+
 # %% ../nbs/0_core/00_batch.ipynb #derived
 class Derived(Columns):
     "What follows from the columns."
@@ -105,14 +113,6 @@ class Derived(Columns):
         "True if every row is one document read from left to right, with padding only at its end."
         if self._causal is None: self._causal = "private" not in self.extra and _causal(self)
         return self._causal
-
-
-def _causal(b: Columns) -> bool:
-    real = b.doc > 0                                                                   # (B,T)
-    one = ((b.doc == b.doc[:, :1]) | ~real).all()
-    tail = (real[:, :-1] | ~real[:, 1:]).all()
-    rises = ((b.order[:, 1:] > b.order[:, :-1]) | ~real[:, 1:]).all()
-    return bool(one & tail & rises)
 
 # %% ../nbs/0_core/00_batch.ipynb #batch-class
 class Batch(Derived):
@@ -154,7 +154,7 @@ def check(examples: list[Example], T: int, pack: bool) -> None:
         first, where = examples[0], f"example {n if e.index is None else e.index}"
         if not len(e): raise ValueError(f"{where} has no tokens: leave it out")
         if len(e) > T: raise ValueError(f"{where} has {len(e)} tokens, rows have {T}: cut it or raise T")
-        for name, c in {"answer": e.answer or e.ids, **e.tokens}.items():
+        for name, c in {"answer": e.ids if e.answer is None else e.answer, **e.tokens}.items():
             if len(c) != len(e): raise ValueError(f"{where}: {name} has {len(c)} values for {len(e)} tokens")
         if wrong := set(e.tokens) & {*_COLUMNS, *e.facts} or set(e.facts) & {*_COLUMNS} - {"role"}:
             raise ValueError(f"{where}: {sorted(wrong)} is the name of another column: rename it")
@@ -182,8 +182,8 @@ def _column(rows: list[list], T: int, fill, dtype: torch.dtype) -> Tensor:
 
 
 def _dtype(values) -> torch.dtype:
-    kind = type(next(iter(values), 0))
-    return torch.bool if kind is bool else torch.float if issubclass(kind, float) else torch.long
+    kind = torch.as_tensor(list(values)).dtype
+    return torch.float if kind.is_floating_point and len(values) else torch.bool if kind == torch.bool else torch.long
 
 
 def lay(rows: list[list[Example]], T: int, pad: int = 0, item: list[int] | None = None,
@@ -193,10 +193,11 @@ def lay(rows: list[list[Example]], T: int, pad: int = 0, item: list[int] | None 
         return _column([[v for d, e in enumerate(r, 1) for v in get(e, d)] for r in rows], T, fill, dtype)
     ids = column(lambda e, d: e.ids, pad, torch.long)                                  # (B,T)
     doc = column(lambda e, d: [d] * len(e), 0, torch.long)                             # (B,T)
-    answer = column(lambda e, d: e.answer or [True] * len(e), False, torch.bool)       # (B,T)
+    answer = column(lambda e, d: [True] * len(e) if e.answer is None else e.answer, False, torch.bool)       # (B,T)
     index = column(lambda e, d: [e.index or 0] * len(e), -1, torch.long)               # (B,T)
     first = rows[0][0] if rows else Example([])
-    extra = {n: column(lambda e, d, n=n: e.tokens[n], 0, _dtype(c)) for n, c in first.tokens.items()}
+    each = {n: [v for r in rows for e in r for v in e.tokens[n]] for n in first.tokens}
+    extra = {n: column(lambda e, d, n=n: e.tokens[n], 0, _dtype(c)) for n, c in each.items()}
     facts = {n: [r[0].facts[n] for r in rows] for n in first.facts if n != "role"}
     extra |= {n: torch.tensor(v, dtype=_dtype(v)) for n, v in facts.items()}           # (B,)
     return Batch(ids, ids, doc, torch.arange(T).expand_as(ids), answer, torch.zeros_like(ids),

@@ -6,16 +6,16 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['Size', 'rotations', 'rotate', 'Attention', 'MLP', 'Layer', 'LM', 'Transformer', 'moved', 'to_transformers', 'save',
-           'load']
+__all__ = ['Size', 'rotations', 'rotate', 'Attention', 'MLP', 'Layer', 'LM', 'Transformer', 'moved', 'config_of',
+           'to_transformers', 'written', 'save', 'load']
 
 # %% ../nbs/0_core/03_model.ipynb #imports-2
 import math
 import os
 import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from uuid import uuid4
 
 # %% ../nbs/0_core/03_model.ipynb #imports-3
 import torch
@@ -154,43 +154,56 @@ def moved(model: LM, b: Batch, j: int) -> Tensor:
     return change > 0
 
 # %% ../nbs/0_core/03_model.ipynb #to-transformers
-def to_transformers(model: Transformer) -> Qwen3ForCausalLM:
-    "The same weights as a `transformers.Qwen3ForCausalLM`."
-    s = model.size
-    net = Qwen3ForCausalLM(Qwen3Config(
+def config_of(s: Size) -> Qwen3Config:
+    "The configuration that transformers calls this size."
+    return Qwen3Config(
         vocab_size=s.vocab, hidden_size=s.dim, intermediate_size=s.ff, num_hidden_layers=s.layers,
         num_attention_heads=s.heads, num_key_value_heads=s.kv, head_dim=s.head_dim, max_position_embeddings=s.length,
         rope_parameters={"rope_type": "default", "rope_theta": s.theta}, tie_word_embeddings=True,
-        use_sliding_window=False))
+        use_sliding_window=False)
+
+
+def to_transformers(model: Transformer) -> Qwen3ForCausalLM:
+    "The same weights as a `transformers.Qwen3ForCausalLM`."
+    net = Qwen3ForCausalLM(config_of(model.size))
     weights = {f"model.{k}": v for k, v in model.state_dict().items() if k != "head.weight"}
     net.load_state_dict({**weights, "lm_head.weight": model.head.weight})
     return net.eval()
+
+# %% ../nbs/0_core/03_model.ipynb #save
+def written(model: Transformer, tok: PreTrainedTokenizerFast, path: Path) -> None:
+    "The files of a model in a folder that exists: configuration, tokenizer, weights."
+    net = to_transformers(model)
+    net.config.architectures = [type(net).__name__]
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        for config in (net.config, net.generation_config): setattr(config, name, getattr(tok, name))
+    for part in (net.config, net.generation_config, tok): part.save_pretrained(path)
+    weights = {k: v.contiguous() for k, v in net.state_dict().items() if k != "lm_head.weight"}
+    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
 
 
 def save(model: Transformer, tok: PreTrainedTokenizerFast, path: str | Path) -> Path:
     "Write a directory that transformers opens, in one step. Raises OSError if it cannot, leaving the old one."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=path.name + ".", dir=path.parent))
+    beside, old = (path.with_name(f".{path.name}-{word}-{uuid4().hex[:8]}") for word in ("new", "old"))
     try:
-        net = to_transformers(model)
-        net.config.architectures = [type(net).__name__]
-        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-            for config in (net.config, net.generation_config): setattr(config, name, getattr(tok, name))
-        net.config.save_pretrained(beside); net.generation_config.save_pretrained(beside); tok.save_pretrained(beside)
-        weights = {k: v.contiguous() for k, v in net.state_dict().items() if k != "lm_head.weight"}
-        save_file(weights, beside / "model.safetensors", metadata={"format": "pt"})
-        old = path.with_name(beside.name + ".old")
+        beside.mkdir()
+        written(model, tok, beside)
         if path.exists(): os.replace(path, old)
-        os.replace(beside, path); shutil.rmtree(old, ignore_errors=True)
-    finally: shutil.rmtree(beside, ignore_errors=True)
+        try: os.replace(beside, path)
+        except OSError:
+            if old.exists(): old.rename(path)
+            raise
+    finally:
+        for left in (beside, old): shutil.rmtree(left, ignore_errors=True)
     return path
 
 # %% ../nbs/0_core/03_model.ipynb #load
 def load(path: str | Path) -> tuple[Transformer, PreTrainedTokenizerFast]:
-    """Open a directory written by `save` (or any Qwen3 directory with tied embeddings) as (model, tokenizer).
+    """Open a directory written by `save` (or a Qwen3 directory with tied embeddings) as (model, tokenizer).
 
-    Raises OSError if there is none, ValueError, by name, for another architecture.
+    Raises OSError if there is none, ValueError, by name, for what the native model would compute differently.
     """
     path = Path(path)
     if not (path / "config.json").exists():
@@ -198,9 +211,12 @@ def load(path: str | Path) -> tuple[Transformer, PreTrainedTokenizerFast]:
     c = AutoConfig.from_pretrained(path)
     if c.model_type != "qwen3" or not c.tie_word_embeddings or c.head_dim * c.num_attention_heads != c.hidden_size:
         raise ValueError(f"{str(path)!r} is a {c.model_type} model of another shape; load opens tied qwen3 models")
-    model = Transformer(Size(c.vocab_size, c.hidden_size, c.num_attention_heads, c.num_key_value_heads,
-                             c.num_hidden_layers, c.intermediate_size, c.max_position_embeddings,
-                             c.rope_parameters["rope_theta"]))
+    size = Size(c.vocab_size, c.hidden_size, c.num_attention_heads, c.num_key_value_heads, c.num_hidden_layers,
+                c.intermediate_size, c.max_position_embeddings, c.rope_parameters["rope_theta"])
+    same = ("rms_norm_eps", "hidden_act", "attention_bias", "rope_parameters", "layer_types")
+    if wrong := [k for k in same if getattr(c, k) != getattr(config_of(size), k)]:
+        raise ValueError(f"{str(path)!r} differs from the native model in {', '.join(wrong)}: load would change its text")
+    model = Transformer(size)
     weights = {k: v for file in sorted(path.glob("*.safetensors")) for k, v in load_file(file).items()}
     weights = {k.removeprefix("model."): v for k, v in weights.items() if k != "lm_head.weight"}
     model.load_state_dict({**weights, "head.weight": weights["embed_tokens.weight"]})

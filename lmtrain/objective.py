@@ -96,6 +96,7 @@ class PrefixLM(Objective):
 
     def corrupt(self, b: Batch, noise: Noise) -> Batch:
         if self.cut is not None:
+            if not 0 < self.cut <= 1: raise ValueError(f"PrefixLM: cut={self.cut} must be a share, above 0 and up to 1")
             same = b.doc[:, :, None] == b.doc[:, None]                                 # (B,T,T)
             n = 1 + (noise.doc(b) * self.cut * same.sum(-1)).long()                    # (B,T)
             b = b.set(answer=b.answer & (b.place >= n))

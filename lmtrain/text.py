@@ -151,6 +151,8 @@ def chat(messages: Sequence[dict[str, str]], tok: PreTrainedTokenizerFast) -> Ex
         raise ValueError("this tokenizer's chat template has no {% generation %} marks: set tok.chat_template, "
                          "for example to lmtrain.text.TEMPLATE")
     for m in messages:
+        if tok.chat_template == TEMPLATE and f"<|{m['role']}|>" not in ROLES:
+            raise ValueError(f"no role {m['role']!r}: a message is from system, user or assistant")
         if wrong := [s for s in tok.all_special_tokens if s in m["content"]]:
             raise ValueError(f"a {m['role']} message spells the special token {wrong[0]}: remove it or escape it")
     out = cast(dict, tok.apply_chat_template(list(messages), tokenize=True, return_dict=True,

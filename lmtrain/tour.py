@@ -182,7 +182,7 @@ def scoring(s: Story) -> None:
            f"the small number is its cost in bits.</p>{paint_loss(s.model, b, s.tok, 1)}")
 
 # %% ../nbs/8_tour/81_tour.ipynb #sampling
-def sample(s: Story, temperature: float = 0.8, top_p: float = 0.9) -> list[str]:
+def sample(s: Story, temperature: float = 0.7, top_p: float = 0.9) -> list[str]:
     "Three texts: two from an empty page, one from the first words of a held-out document."
     opening = s.tok(" ".join(s.validation[0].split(" ")[:12]), add_special_tokens=False)["input_ids"]
     bos, room = s.tok.bos_token_id, s.scale.length
@@ -223,8 +223,8 @@ def writing(s: Story) -> None:
     s.say(f"  {s.facts['known_words']:.1%} of its words occur in the training text; the longest stretch that is copied "
           f"from there has {len(copied)} characters: {copied!r}")
     pairs = zip(s.before, after, strict=True)
-    cells = "".join(f"<tr><td><pre>{escape(a[:500])}</pre><td><pre>{escape(z)}</pre>" for a, z in pairs)
-    s.show("What it writes", f"<table><tr><th>before<th>after{cells}</table><p>{s.facts['known_words']:.1%} of the "
+    cells = "".join(f"<tr><td><pre>{escape(a[:300])}</pre><td><pre>{escape(z)}</pre>" for a, z in pairs)
+    s.show("What it writes", f"<table class='half'><tr><th>before<th>after{cells}</table><p>{s.facts['known_words']:.1%} of the "
            f"words after training occur in the training text. The longest copied stretch has {len(copied)} characters: "
            f"<q>{escape(copied)}</q></p>")
 
@@ -236,6 +236,7 @@ CSS = """body{font:16px/1.5 system-ui,sans-serif;max-width:52rem;margin:2rem aut
 body{color:#222;background:#fff}
 table{border-collapse:collapse}td,th{padding:.3rem .8rem .3rem 0;text-align:left;vertical-align:top}
 pre{white-space:pre-wrap;overflow-wrap:anywhere;margin:0;font-size:13px}h2{margin-top:2.5rem}
+.half{table-layout:fixed;width:100%}
 img{max-width:100%;background:#fff}
 @media(prefers-color-scheme:dark){body{color:#ddd;background:#161616}img{filter:invert(.9) hue-rotate(180deg)}}"""
 

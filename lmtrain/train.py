@@ -12,6 +12,7 @@ __all__ = ['Unit', 'BLOCK', 'Task', 'numbered', 'units', 'Bins', 'Loader', 'warm
 # %% ../nbs/0_core/05_train.ipynb #imports-2
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
@@ -51,9 +52,9 @@ BLOCK = 1024                # items that are shuffled and packed together
 
 
 def numbered(item: Example | list[Example], n: int) -> list[Example]:
-    "The examples of item `n`, with its number where they have none."
-    group = [item] if isinstance(item, Example) else list(item)
-    return [e if e.index is not None else replace(e, index=n * len(group) + k) for k, e in enumerate(group)]
+    "The examples of item `n`, numbered where they have no index: `n`, or in a list from 1024 times `n` on."
+    first, group = (n, [item]) if isinstance(item, Example) else (1024 * n, list(item))
+    return [e if e.index is not None else replace(e, index=first + k) for k, e in enumerate(group)]
 
 
 def units(items: list[list[Example]], T: int, pack: bool) -> Iterator[tuple[Unit, int]]:
@@ -208,7 +209,9 @@ class Together:
     "Several optimizers as one."
     def __init__(self, *optimizers: torch.optim.Optimizer):
         self.optimizers = optimizers
-        self.param_groups = [g for o in optimizers for g in o.param_groups]
+
+    @property
+    def param_groups(self) -> list[dict]: return [g for o in self.optimizers for g in o.param_groups]
 
     def step(self) -> None:
         for o in self.optimizers: o.step()
@@ -240,6 +243,9 @@ class History:
     def __init__(self, path: str | Path | None = None):
         self.rows: list[dict[str, float]] = []
         self.path = Path(path) if path else None
+        if self.path and self.path.exists():               # a line that a crash cut short is dropped
+            whole = self.path.read_bytes()
+            if not whole.endswith(b"\n"): os.truncate(self.path, whole.rfind(b"\n") + 1)
 
     def add(self, row: dict[str, float]) -> None:
         self.rows.append(row)
@@ -336,7 +342,7 @@ class Steps:
 class Trainer(Steps):
     """Train a model on any iterable of Batches: `fit()` takes `steps` steps of `window` micro-batches each.
 
-    Raises ValueError if there are no batches, FloatingPointError if the gradient is not finite more than `skips`
+    Raises ValueError if there are no batches or the accelerator accumulates on its own, FloatingPointError if the gradient is not finite more than `skips`
     times in a row.
     """
     def __init__(self, model: LM, objective: Objective, batches: Iterable[Batch], lr: float = 1e-3, steps: int = 1000,
@@ -345,6 +351,8 @@ class Trainer(Steps):
                  skips: int = 3, compile: bool = False, history: History | None = None):
         precision = "bf16" if torch.cuda.is_available() else "no"
         self.accelerator = accelerator or Accelerator(mixed_precision=precision)
+        if self.accelerator.gradient_accumulation_steps != 1:
+            raise ValueError("gradient_accumulation_steps would divide twice: leave it at 1 and use window=")
         self.objective, self.batches, self.steps, self.window = objective, batches, steps, window
         self.schedule, self.callbacks, self.clip, self.skips = schedule, callbacks, clip, skips
         self.task = self.accelerator.prepare(Task(model, objective))

@@ -171,8 +171,9 @@ def test_rows(b, data):
     assert torch.equal(some.asked, asked(some.weights)) and some.is_causal == causal(some)
 
 
-@given(batch(), st.sampled_from(COLUMNS))
-def test_set(b, name):
+@pytest.mark.parametrize("name", COLUMNS)
+@given(b=batch())
+def test_set(name, b):
     "`set` replaces one column and keeps every other object; what is derived is found again."
     b.asked, b.is_causal  # noqa: B018
     c = columns(b)[name].flip(0).roll(1, -1)

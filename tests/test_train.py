@@ -95,13 +95,16 @@ def test_window_means():
 
 @pytest.mark.parametrize("k", [2, 4])
 def test_foreign_accumulation(k):
-    "An accelerator set to accumulate does not shrink the gradient: the window is the only accumulation."
+    "An accelerator set to accumulate is refused: it would shrink the gradient, as the control shows."
+    accelerator = Accelerator(gradient_accumulation_steps=k)
+    with pytest.raises(ValueError, match="use window="): trainer(accelerator=accelerator)
     model = small()
     want = gradient(model, [UNEQUAL])
     model.zero_grad()
-    t = Trainer(model, CLM(), [], steps=1, accelerator=Accelerator(gradient_accumulation_steps=k))
+    t = Trainer(model, CLM(), [], steps=1)
+    t.accelerator.gradient_accumulation_steps = k
     t.backward([UNEQUAL])
-    assert far(want, torch.cat([p.grad.flatten() for p in model.parameters()])) < 1e-5
+    assert far(want, k * torch.cat([p.grad.flatten() for p in model.parameters()])) < 1e-5
 
 
 # ---- Loader
