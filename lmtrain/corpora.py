@@ -223,7 +223,7 @@ def checked(path: Path) -> list[Path]:
                 at += len(part)
     return files
 
-
+# %% ../nbs/0_core/02_corpora.ipynb #passages
 def passages(text: str, size: int = 4000) -> list[str]:
     "A long text cut at blank lines into passages of at least `size` characters."
     out = [""]
@@ -332,7 +332,7 @@ def public(module: ModuleType, package: str, seen: set[str]) -> Iterator[tuple[s
         if name.startswith(package + ".") and name not in seen and "._" not in name and "test" not in name:
             yield from public(thing, package, seen)
 
-
+# %% ../nbs/0_core/02_corpora.ipynb #signature
 def signature(name: str, thing: object, doc: str) -> str:
     "How a thing is called; for one written in C, as the first line of its documentation says. Else empty."
     try: return str(inspect.signature(thing))  # type: ignore[arg-type]

@@ -181,7 +181,7 @@ def written(model: Transformer, tok: PreTrainedTokenizerFast, path: Path) -> Non
     weights = {k: v.contiguous() for k, v in net.state_dict().items() if k != "lm_head.weight"}
     save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
 
-
+# %% ../nbs/0_core/03_model.ipynb #save-in-one-step
 def save(model: Transformer, tok: PreTrainedTokenizerFast, path: str | Path) -> Path:
     "Write a directory that transformers opens, in one step. Raises OSError if it cannot, leaving the old one."
     path = Path(path)

@@ -43,7 +43,7 @@ def write(path: Path, text: str) -> None:
         (Path(folder) / path.name).write_text(text, encoding="utf-8", newline="")
         os.replace(Path(folder) / path.name, path)
 
-
+# %% ../nbs/8_tour/81_tour.ipynb #story-class
 @dataclass
 class Story:
     "What the stages of a tour share."
@@ -70,7 +70,7 @@ class Story:
 
     def show(self, title: str, html: str) -> None: self.sections.append((title, html))
 
-
+# %% ../nbs/8_tour/81_tour.ipynb #picture
 def picture(fig) -> str:
     "A matplotlib figure as a piece of HTML that needs no other file."
     import matplotlib.pyplot as plt
@@ -144,7 +144,7 @@ class Look(Callback):
         bits = row_bits(cast(LM, trainer.task.model), self.held).sum() / asked / self.bytes_per_token
         self.points.append((trainer.done, float(bits)))
 
-
+# %% ../nbs/8_tour/81_tour.ipynb #pretraining-stage
 def pretraining(s: Story) -> None:
     "Causal language modelling on the training documents, with the learning curve in the report."
     import matplotlib.pyplot as plt

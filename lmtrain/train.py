@@ -224,7 +224,7 @@ class Together:
     def load_state_dict(self, state: dict) -> None:
         for o, s in zip(self.optimizers, state["optimizers"], strict=True): o.load_state_dict(s)
 
-
+# %% ../nbs/0_core/05_train.ipynb #muon-groups
 def muon(task: nn.Module, lr: float, weight_decay: float = 0.1) -> Together:
     "Muon for the matrices inside layers, AdamW for embeddings and gains, at the same learning rate."
     inner, rest = matrices(task)
@@ -273,7 +273,7 @@ class History:
         ax.set_xlabel("step", fontsize=8); ax.set_ylabel(name, fontsize=8); ax.tick_params(labelsize=7)
         return ax
 
-
+# %% ../nbs/0_core/05_train.ipynb #callback
 class Callback:
     "Something that happens during training; override what you need."
     def begin(self, trainer: Trainer) -> None: "Before the first step."

@@ -114,7 +114,8 @@ def test_imports_go_down():
 
 
 def test_sizes():
-    "Modules of about 300 lines of code (330 at most), functions 25 without docstring, exported cells 30, lines 120 characters."
+    """Modules of about 300 lines of code (330 at most), functions 25 without docstring, lines 120 characters;
+    exported cells 30 lines, or one class of at most 65, which only patching could cut."""
     for p in MODULES:
         if p.name == "_modidx.py": continue
         text = p.read_text()
@@ -128,7 +129,8 @@ def test_sizes():
                 assert size <= 25, (p, node.name, size)
     for p, cells in CELLS.items():
         for c in filter(exported, cells):
-            assert len(source(c).splitlines()) <= 31, (p.name, c["id"])
+            one_class = len(tops := ast.parse(source(c)).body) == 1 and isinstance(tops[0], ast.ClassDef)
+            assert len(source(c).splitlines()) <= (66 if one_class else 31), (p.name, c["id"])
             assert all(len(s) <= 120 for s in source(c).splitlines()), (p.name, c["id"])
 
 
