@@ -205,19 +205,18 @@ def load(path: str | Path) -> tuple[Transformer, PreTrainedTokenizerFast]:
 
     Raises OSError if there is none, ValueError, by name, for what the native model would compute differently.
     """
-    path = Path(path)
-    if not (path / "config.json").exists():
+    if not Path(path, "config.json").exists():
         raise OSError(f"no model at {str(path)!r}: it has no config.json; give a directory that save(...) wrote")
     c = AutoConfig.from_pretrained(path)
     if c.model_type != "qwen3" or not c.tie_word_embeddings or c.head_dim * c.num_attention_heads != c.hidden_size:
         raise ValueError(f"{str(path)!r} is a {c.model_type} model of another shape; load opens tied qwen3 models")
     size = Size(c.vocab_size, c.hidden_size, c.num_attention_heads, c.num_key_value_heads, c.num_hidden_layers,
                 c.intermediate_size, c.max_position_embeddings, c.rope_parameters["rope_theta"])
-    same = ("rms_norm_eps", "hidden_act", "attention_bias", "rope_parameters", "layer_types")
+    same = "rms_norm_eps hidden_act attention_bias rope_parameters layer_types".split()
     if wrong := [k for k in same if getattr(c, k) != getattr(config_of(size), k)]:
         raise ValueError(f"{str(path)!r} differs from the native model in {', '.join(wrong)}: load would change its text")
     model = Transformer(size)
-    weights = {k: v for file in sorted(path.glob("*.safetensors")) for k, v in load_file(file).items()}
-    weights = {k.removeprefix("model."): v for k, v in weights.items() if k != "lm_head.weight"}
+    files = [load_file(file) for file in sorted(Path(path).glob("*.safetensors"))]
+    weights = {k.removeprefix("model."): v for f in files for k, v in f.items() if k != "lm_head.weight"}
     model.load_state_dict({**weights, "head.weight": weights["embed_tokens.weight"]})
     return model.eval(), load_tokenizer(str(path))
