@@ -214,7 +214,7 @@ def load(path: str | Path) -> tuple[Transformer, PreTrainedTokenizerFast]:
                 c.intermediate_size, c.max_position_embeddings, c.rope_parameters["rope_theta"])
     same = "rms_norm_eps hidden_act attention_bias rope_parameters layer_types".split()
     if wrong := [k for k in same if getattr(c, k) != getattr(config_of(size), k)]:
-        raise ValueError(f"{str(path)!r} differs from the native model in {', '.join(wrong)}: load would change its text")
+        raise ValueError(f"{str(path)!r} differs from the native model in {', '.join(wrong)}: load refuses it")
     model = Transformer(size)
     files = [load_file(file) for file in sorted(Path(path).glob("*.safetensors"))]
     weights = {k.removeprefix("model."): v for f in files for k, v in f.items() if k != "lm_head.weight"}
