@@ -97,6 +97,11 @@ class Bins:
                 bin.append(unit); at += n
         if bin: yield bin, at
 
+# %% ../nbs/0_core/05_train.ipynb #loader-workers
+class _Made(Dataset):  # lets a DataLoader call `make` in its workers
+    def __init__(self, make): self.make = make
+    def __getitem__(self, job): return self.make(job)
+
 # %% ../nbs/0_core/05_train.ipynb #loader
 class Loader:
     """Batches for ever: shuffled, packed, sharded over ranks, corrupted; `state_dict` is its position.
@@ -145,11 +150,6 @@ class Loader:
     def state_dict(self) -> dict[str, int]: return {"epoch": self.epoch, "used": self.used}
 
     def load_state_dict(self, state: dict[str, int]) -> None: self.epoch, self.used = state["epoch"], state["used"]
-
-
-class _Made(Dataset):  # lets a DataLoader call `make` in its workers
-    def __init__(self, make): self.make = make
-    def __getitem__(self, job): return self.make(job)
 
 # %% ../nbs/0_core/05_train.ipynb #schedule
 def warmup_decay(step: int, steps: int, warmup: float = 0.03, floor: float = 0.0) -> float:
@@ -342,8 +342,8 @@ class Steps:
 class Trainer(Steps):
     """Train a model on any iterable of Batches: `fit()` takes `steps` steps of `window` micro-batches each.
 
-    Raises ValueError if there are no batches or the accelerator accumulates on its own, FloatingPointError if the gradient is not finite more than `skips`
-    times in a row.
+    Raises ValueError if there are no batches or the accelerator accumulates on its own, FloatingPointError if the
+    gradient is not finite more than `skips` times in a row.
     """
     def __init__(self, model: LM, objective: Objective, batches: Iterable[Batch], lr: float = 1e-3, steps: int = 1000,
                  window: int = 1, optimizer: Callable = adamw, schedule: Callable[[int, int], float] = warmup_decay,
