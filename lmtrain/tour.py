@@ -224,9 +224,9 @@ def writing(s: Story) -> None:
           f"from there has {len(copied)} characters: {copied!r}")
     pairs = zip(s.before, after, strict=True)
     cells = "".join(f"<tr><td><pre>{escape(a[:300])}</pre><td><pre>{escape(z)}</pre>" for a, z in pairs)
-    s.show("What it writes", f"<table class='half'><tr><th>before<th>after{cells}</table><p>{s.facts['known_words']:.1%} of the "
-           f"words after training occur in the training text. The longest copied stretch has {len(copied)} characters: "
-           f"<q>{escape(copied)}</q></p>")
+    s.show("What it writes", f"<table class='half'><tr><th>before<th>after{cells}</table><p>"
+           f"{s.facts['known_words']:.1%} of the words after training occur in the training text. The longest "
+           f"copied stretch has {len(copied)} characters: <q>{escape(copied)}</q></p>")
 
 
 def indented(text: str) -> str: return "\n".join("    " + line for line in text.splitlines())
