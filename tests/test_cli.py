@@ -136,7 +136,7 @@ def test_settings(tmp_path, monkeypatch):
     assert settings.scale("classroom").minutes < settings.scale().minutes
     monkeypatch.setenv("LMTRAIN_SCALE", "gpu")
     assert settings.scale() == settings.scale("gpu") != settings.scale("laptop")
-    broken = tmp_path / "settings.ini"
+    broken, found = tmp_path / "settings.ini", settings.data_file
     monkeypatch.setattr(settings, "data_file", lambda name: broken)
     text = settings.Path(settings._HERE.parent / "settings.ini").read_text()
     for change, message in {"dim = 128": r"\[laptop\] has no dim", "lr = 0.01": "has no lr"}.items():
@@ -144,9 +144,4 @@ def test_settings(tmp_path, monkeypatch):
         with pytest.raises(ValueError, match=message): settings.scale("laptop")
     broken.write_text(text.replace("layers = 4", "layers = four"))
     with pytest.raises(ValueError, match="four is not a number"): settings.scale("laptop")
-    with pytest.raises(FileNotFoundError, match="install it again"): _missing()
-
-
-def _missing():
-    import importlib
-    return importlib.reload(settings).data_file("no such file")
+    with pytest.raises(FileNotFoundError, match="install it again"): found("no such file")
