@@ -182,7 +182,7 @@ def scoring(s: Story) -> None:
            f"the small number is its cost in bits.</p>{paint_loss(s.model, b, s.tok, 1)}")
 
 # %% ../nbs/8_tour/81_tour.ipynb #sampling
-def sample(s: Story, temperature: float = 0.7, top_p: float = 0.9) -> list[str]:
+def sample(s: Story, temperature: float = 0.7, top_p: float = 0.8) -> list[str]:
     "Three texts: two from an empty page, one from the first words of a held-out document."
     opening = s.tok(" ".join(s.validation[0].split(" ")[:12]), add_special_tokens=False)["input_ids"]
     bos, room = s.tok.bos_token_id, s.scale.length
