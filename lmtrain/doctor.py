@@ -26,7 +26,8 @@ def packages() -> list[Line]:
             continue
         fine = r.specifier.contains(found, prereleases=True)
         if extra is None or not fine:
-            lines.append((r.name, found if fine else f"{found}: lmtrain needs {r.specifier}; pip install -U {r.name}", fine))
+            wrong = f"{found}: lmtrain needs {r.specifier}; pip install -U {r.name}"
+            lines.append((r.name, found if fine else wrong, fine))
     return lines
 
 

@@ -66,6 +66,7 @@ def test_wrong_checksum(lmtrain_, tmp_path):
     (OSError(errno.ENOSPC, "No space left on device", "/x/model"), "the disk is full (/x/model): free some space"),
     (PermissionError(errno.EACCES, "Permission denied", "/x"), "/x may not be written"),
     (OSError(errno.EIO, "Input/output error", "/x"), "Input/output error: /x"),
+    (RuntimeError("I/O error: No space left on device (os error 28)"), "the disk is full (while writing): free"),
     (RuntimeError("two\nlines"), "two lines"), (ValueError(), "ValueError"),
     (ImportError("No module named 'tqdm'"), "lmtrain doctor"),
 ])

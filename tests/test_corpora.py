@@ -192,6 +192,14 @@ def test_without_a_connection(cache, monkeypatch):
     assert "\n" not in str(e.value) and not list(cache.iterdir())
 
 
+def test_pip_on_a_full_disk(cache, monkeypatch):
+    "A full disk is told apart from a lost connection."
+    lost = subprocess.CompletedProcess([], 2, "", "ERROR: Exception:\nOSError: [Errno 28] No space left on device")
+    monkeypatch.setattr(corpora.subprocess, "run", lambda *_, **__: lost)
+    with pytest.raises(OSError) as e: corpus("shakespeare")
+    assert e.value.errno == errno.ENOSPC and not list(cache.iterdir())
+
+
 def test_the_hub_out_of_reach(monkeypatch):
     "Offline, a hub name is one line, at once."
     import huggingface_hub
