@@ -4,6 +4,9 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check --quiet
 ARGS ?=
+# A finished environment holds a stamp named after what it was made from. By content and not by time, because nbdev-export
+# writes pyproject.toml anew each time.
+READY := $(VENV)/ready-$(shell cat pyproject.toml setup.py constraints.txt | cksum | tr ' ' '-')
 
 .DEFAULT_GOAL := help
 .PHONY: help tour test notebooks export lint readme clean
@@ -11,33 +14,33 @@ ARGS ?=
 help: ## Show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
 
-tour: $(VENV)/ready ## Train a language model on real text, about five minutes; ARGS="--minutes 10 --data python-docs"
+tour: $(READY) ## Train a language model on real text, about five minutes; ARGS="--minutes 10 --data python-docs"
 	@$(BIN)/lmtrain tour $(ARGS)
 
-test: $(VENV)/ready ## Run all tests; ARGS="-k batch" for some of them
+test: $(READY) ## Run all tests; ARGS="-k batch" for some of them
 	@echo "Running the tests ..."
 	@$(BIN)/python -m pytest $(ARGS)
 
-notebooks: $(VENV)/ready export ## Run the notebooks and keep their outputs
+notebooks: $(READY) export ## Run the notebooks and keep their outputs
 	@$(BIN)/nbdev-test --n-workers 1 --save --do-print
 	@$(BIN)/nbdev-clean
 	@$(BIN)/python docs/readme.py
 
-export: $(VENV)/ready ## Write the notebooks' code to lmtrain/
+export: $(READY) ## Write the notebooks' code to lmtrain/
 	@$(BIN)/nbdev-export
 
-lint: $(VENV)/ready ## Check style and types
+lint: $(READY) ## Check style and types
 	@$(BIN)/ruff check lmtrain tests docs setup.py
 	@$(BIN)/mypy
 
-readme: $(VENV)/ready ## Write README.md from nbs/index.ipynb
+readme: $(READY) ## Write README.md from nbs/index.ipynb
 	@$(BIN)/python docs/readme.py
 
 clean: ## Remove the environment and what was built or trained
 	rm -rf $(VENV) build dist *.egg-info tour .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-# `ready` is written last, so an interrupted set-up starts again.
-$(VENV)/ready: pyproject.toml setup.py constraints.txt
+# The stamp is written last, so an interrupted set-up starts again.
+$(READY):
 	@$(PYTHON) -c 'import sys; sys.exit("lmtrain needs Python 3.11 or later: make PYTHON=python3.12 ..." if sys.version_info < (3, 11) else 0)'
 	@echo "Setting up $(VENV), once: PyTorch and about a hundred packages, a few minutes and 2 GB ..."
 	@$(PYTHON) -m venv --clear $(VENV) || { echo "python's venv module is missing: on Debian, apt install python3-venv"; exit 1; }

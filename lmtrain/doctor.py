@@ -5,17 +5,23 @@ import importlib.util
 import os
 import platform
 import shutil
+import sys
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
+
+from . import __version__
 
 Line = tuple[str, str, bool]  # what, what was found, whether that is fine
 
 
 def packages() -> list[Line]:
     "Each package that lmtrain asks for, against its lower bound; extras may be missing."
-    from packaging.requirements import Requirement
-    lines = []
-    for text in requires("lmtrain") or []:
+    try: from packaging.requirements import Requirement
+    except ImportError: return [("packaging", "missing: pip install packaging", False)]
+    try: asked = requires("lmtrain") or []
+    except PackageNotFoundError: return [("packages", "lmtrain is not installed: pip install lmtrain", False)]
+    lines: list[Line] = []
+    for text in asked:
         r = Requirement(text)
         extra = next((e for e in ("dev", "lab", "docs") if r.marker and not r.marker.evaluate({"extra": ""})
                       and r.marker.evaluate({"extra": e})), None)
@@ -38,12 +44,13 @@ def machine() -> list[Line]:
     if "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {}):
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
         lines.append(("memory", f"{memory:.0f} GiB" + ("" if memory > 3 else ": the tour needs about 3"), memory > 3))
-    if importlib.util.find_spec("torch"):
-        import torch
-        gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-        lines += [("torch threads", str(torch.get_num_threads()), True),
-                  ("GPU", ", ".join(gpus) or "none: everything runs on the CPU", True)]
-    return lines
+    try: import torch
+    except (ImportError, OSError) as e:  # missing, or a library that it needs is
+        return [*lines, ("GPU", f"cannot say, for torch does not load: {' '.join(str(e).split())}", False)]
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    if gpus: gpus.append("with bf16" if torch.cuda.is_bf16_supported() else "without bf16")
+    return [*lines, ("torch threads", str(torch.get_num_threads()), True),
+            ("GPU", ", ".join(gpus) or "none: everything runs on the CPU", True)]
 
 
 def free(path: Path) -> float:
@@ -59,8 +66,8 @@ def places() -> list[Line]:
     for what, path in {"this folder": Path.cwd(), "downloads": cache_dir()}.items():
         near = next(p for p in [path, *path.parents] if p.exists())
         room, allowed = free(path), os.access(near, os.W_OK)
-        trouble = "" if allowed else ", may not be written to" if room > 1 else ", nearly full"
-        lines.append((what, f"{path}, {room:.0f} GiB free{trouble}", allowed and room > 1))
+        trouble = ", may not be written to" if not allowed else ", nearly full" if room < 2 else ""
+        lines.append((what, f"{path}, {room:.0f} GiB free{trouble}", not trouble))
     name = os.environ.get("LMTRAIN_SCALE") or "laptop"
     try: scale(name); lines.append(("scale", name, True))
     except (ValueError, OSError) as e: lines.append(("scale", str(e), False))
@@ -69,10 +76,17 @@ def places() -> list[Line]:
     return lines
 
 
+def report() -> list[Line]:
+    "All of it."
+    python = platform.python_version()
+    fine = sys.version_info >= (3, 11)
+    return [("python", python if fine else f"{python}: lmtrain needs 3.11 or later", fine), ("lmtrain", __version__, True),
+            *packages(), *machine(), *places()]
+
+
 def doctor() -> bool:
-    "Print all of it; True if nothing is missing."
-    lines = [("python", platform.python_version(), True), ("lmtrain", version("lmtrain"), True),
-             *packages(), *machine(), *places()]
+    "Print the report; True if nothing is missing."
+    lines = report()
     for what, found, fine in lines: print(f"{' ' if fine else '!'} {what:<14} {found}")
     bad = sum(not fine for _, _, fine in lines)
     print("everything is here" if not bad else f"{bad} {'thing' if bad == 1 else 'things'} to mend, marked !")

@@ -24,7 +24,9 @@ def runs(path: Path) -> bool:
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
-def test_notebook(path): assert runs(path)
+def test_notebook(path):
+    "Each cell runs, and so each assertion in it holds."
+    assert runs(path)
 
 
 def test_a_failing_notebook_is_noticed(tmp_path):
