@@ -10,6 +10,7 @@ _names = {
     "model": "Size LM Transformer load save",
     "objective": "Objective CLM PrefixLM shift hide nll logp annotated",
     "train": "Task Loader Trainer Callback Progress History",
+    "checkpoint": "Save save_state load_state verify latest resume",
     "generate": "generate",
     "evaluate": "bits_per_byte",
     "views": "paint paint_loss",
