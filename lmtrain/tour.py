@@ -6,11 +6,12 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['CSS', 'STAGES', 'write', 'Story', 'picture', 'reading', 'seconds_per_step', 'batches', 'planning', 'Look',
-           'pretraining', 'scoring', 'sample', 'known_words', 'longest_copy', 'writing', 'indented', 'keeping', 'tour']
+__all__ = ['CSS', 'STAGES', 'write', 'Story', 'picture', 'reading', 'seconds_per_step', 'batches', 'earlier', 'planning', 'Look',
+           'continued', 'pretraining', 'curve', 'scoring', 'sample', 'known_words', 'longest_copy', 'writing',
+           'indented', 'keeping', 'tour']
 
 # %% ../nbs/8_tour/81_tour.ipynb #imports-2
-import base64, copy, io, json, math, os, re, statistics, tempfile, time
+import base64, copy, io, json, math, os, re, shutil, statistics, tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from html import escape
@@ -25,6 +26,7 @@ from transformers import PreTrainedTokenizerFast
 
 # %% ../nbs/8_tour/81_tour.ipynb #imports-5
 from .batch import Noise, collate
+from .checkpoint import Save, kept, resume
 from .corpora import catalogue, corpus, xz_bits
 from .evaluate import interval, ngram_bits, row_bits
 from .generate import generate
@@ -98,7 +100,7 @@ def reading(s: Story) -> None:
     s.show("What the model reads", "<p>The beginning of a row. A bar under a token means that the model is asked for "
            f"the next one.</p>{paint(b, s.tok, 1)}")
 
-# %% ../nbs/8_tour/81_tour.ipynb #planning
+# %% ../nbs/8_tour/81_tour.ipynb #seconds-per-step
 def seconds_per_step(model: Transformer, batches: Loader, lr: float, optimizer: Callable, tries: int = 7) -> float:
     "The median time of a training step, measured on a copy of the model."
     trainer = Trainer(copy.deepcopy(model), CLM(), [next(iter(batches))], lr, steps=tries + 2, optimizer=optimizer)
@@ -109,6 +111,15 @@ def batches(s: Story) -> Loader:
     return Loader(s.rows, CLM(), s.scale.rows, s.scale.length, pack=True, seed=s.scale.seed)
 
 
+def earlier(s: Story, request: dict) -> dict:
+    "The plan of a run that was interrupted, if it was asked for the same; else empty, and its checkpoints go."
+    path, root = s.out / "plan.json", s.out / "checkpoints"
+    plan = json.loads(path.read_text(encoding="utf-8")) if path.exists() and kept(root) else {}
+    if plan.get("request") == request: return plan
+    shutil.rmtree(root, ignore_errors=True)
+    return {}
+
+# %% ../nbs/8_tour/81_tour.ipynb #planning
 def planning(s: Story) -> None:
     "A model, an optimizer, and a number of steps, written to `plan.json` before step 0."
     c = s.scale
@@ -116,25 +127,27 @@ def planning(s: Story) -> None:
     s.model = Transformer(Size(len(s.tok), c.dim, c.heads, layers=c.layers, length=c.length))
     if torch.cuda.is_available(): s.model.cuda()
     s.optimizer = fitting_optimizer(s.model, c.rows * c.length)
-    pace = seconds_per_step(s.model, batches(s), c.lr, s.optimizer)
-    s.total = s.steps or max(1, round(60 * (s.minutes or c.minutes) / pace))
+    request = {"minutes": s.minutes, "steps": s.steps, "scale": asdict(c), **s.facts}
+    plan = earlier(s, request)
+    pace = plan.get("seconds_per_step") or seconds_per_step(s.model, batches(s), c.lr, s.optimizer)
+    s.total = plan.get("steps") or s.steps or max(1, round(60 * (s.minutes or c.minutes) / pace))
     parameters = sum(p.numel() for p in s.model.parameters())
     s.facts |= {"steps": s.total, "seconds_per_step": round(pace, 4), "parameters": parameters,
                 "optimizer": s.optimizer.__name__, "scale": asdict(c)}
-    write(s.out / "plan.json", json.dumps(s.facts, indent=2) + "\n")
+    if not plan: write(s.out / "plan.json", json.dumps({**s.facts, "request": request}, indent=2) + "\n")
     s.say(f"A model of {parameters / 1e6:.1f} million parameters; {pace * 1000:.0f} ms a step, so {s.total:,} steps "
           f"({s.total * pace / 60:.1f} minutes), {s.total * c.rows * c.length / len(s.rows.tokens):.1f} times over the "
           "text.")
 
-# %% ../nbs/8_tour/81_tour.ipynb #pretraining
+# %% ../nbs/8_tour/81_tour.ipynb #look
 class Look(Callback):
-    "Score the first rows of `held` a few times during training, for a curve."
-    def __init__(self, held: Rows, times: int = 8, rows: int = 32):
-        self.held, self.times = Rows(held.tokens, held.cuts[:rows], held.nbytes), times
+    "Score the first rows of `held` a few times during training, for a curve: rows of `step` and `bits` in `seen`."
+    def __init__(self, held: Rows, seen: History, times: int = 8, rows: int = 32):
+        self.held, self.seen, self.times = Rows(held.tokens, held.cuts[:rows], held.nbytes), seen, times
         self.bytes_per_token = held.nbytes / sum(c[1] - c[0] - c[2] for c in held.cuts)
-        self.points: list[tuple[int, float]] = []
 
-    def begin(self, trainer: Trainer) -> None: self.look(trainer)
+    def begin(self, trainer: Trainer) -> None:
+        if not trainer.done: self.look(trainer)
 
     def after_step(self, trainer: Trainer) -> None:
         if trainer.done % max(1, trainer.steps // self.times) == 0: self.look(trainer)
@@ -142,26 +155,44 @@ class Look(Callback):
     def look(self, trainer: Trainer) -> None:
         asked = sum(c[1] - c[0] - c[2] for c in self.held.cuts)
         bits = row_bits(cast(LM, trainer.task.model), self.held).sum() / asked / self.bytes_per_token
-        self.points.append((trainer.done, float(bits)))
+        self.seen.add({"step": trainer.done, "bits": float(bits)})
 
-# %% ../nbs/8_tour/81_tour.ipynb #pretraining-stage
+
+def continued(path: Path, done: int) -> History:
+    "The history in a file up to step `done`; what came after it was lost, and is taken out."
+    h = History(path)
+    if path.exists() and done: h.rows = [r for r in History.read(path).rows if r["step"] <= done]
+    write(path, "".join(json.dumps(r) + "\n" for r in h.rows))
+    return h
+
+# %% ../nbs/8_tour/81_tour.ipynb #pretraining
 def pretraining(s: Story) -> None:
     "Causal language modelling on the training documents, with the learning curve in the report."
-    import matplotlib.pyplot as plt
-    write(s.out / "history.jsonl", "")
     s.before = sample(s)
-    per, look = s.rows.nbytes / len(s.rows.tokens), Look(s.held)
-    start = time.perf_counter()
-    h = Trainer(s.model, CLM(), batches(s), s.scale.lr, s.total, optimizer=s.optimizer, callbacks=[Progress(per), look],
-                history=History(s.out / "history.jsonl")).fit()
-    s.facts["training_seconds"] = round(time.perf_counter() - start, 1)
+    per, root = s.rows.nbytes / len(s.rows.tokens), s.out / "checkpoints"
+    trainer = Trainer(s.model, CLM(), batches(s), s.scale.lr, s.total, optimizer=s.optimizer)
+    done = resume(trainer, root, s.say)
+    trainer.history, look = (continued(s.out / name, done) for name in ("history.jsonl", "looks.jsonl"))
+    trainer.callbacks = [Progress(per), Look(s.held, look), Save(root, every=max(20, s.total // 20))]
+    try: h = trainer.fit()
+    except KeyboardInterrupt:
+        s.say(f"Stopped after step {trainer.done:,}. The same command goes on from there.")
+        raise
+    s.facts["training_seconds"] = round(sum(h["seconds"]), 1)
     s.facts["tokens_per_second"] = round(sum(h["tokens"]) / sum(h["seconds"]))
-    fig, ax = plt.subplots(figsize=(8, 3), layout="constrained")
-    ax.plot(h["step"], [v / math.log(2) / per for v in h["loss"]], lw=0.8, alpha=0.6, label="training batch")
-    ax.plot(*zip(*look.points, strict=True), "o-", ms=4, label="held-out text (first rows)")
-    ax.set_xlabel("step"); ax.set_ylabel("bits per byte"); ax.legend(); ax.set_ylim(bottom=0)
     s.show("Learning", f"<p>{s.total:,} steps of {s.scale.rows} rows in {s.facts['training_seconds']:.0f} seconds, "
-           f"{s.facts['tokens_per_second']:,} tokens a second.</p>{picture(fig)}")
+           f"{s.facts['tokens_per_second']:,} tokens a second.</p>{picture(curve(h, look, per))}")
+
+
+def curve(h: History, look: History, bytes_per_token: float):
+    "A figure of training and held-out bits per byte."
+    import matplotlib.pyplot as plt
+    fig, ax = plt.subplots(figsize=(8, 3), layout="constrained")
+    bits = [v / math.log(2) / bytes_per_token for v in h["loss"]]
+    ax.plot(h["step"], bits, lw=0.8, alpha=0.6, label="training batch")
+    ax.plot(look["step"], look["bits"], "o-", ms=4, label="held-out text (first rows)")
+    ax.set_xlabel("step"); ax.set_ylabel("bits per byte"); ax.legend(); ax.set_ylim(bottom=0)
+    return fig
 
 # %% ../nbs/8_tour/81_tour.ipynb #scoring
 def scoring(s: Story) -> None:
@@ -252,6 +283,7 @@ def keeping(s: Story) -> None:
           f"{escape(s.data)}</title><meta name='viewport' content='width=device-width'><style>{CSS}</style>"
           f"<h1>The life of one small model</h1><p>{about}</p>{body}<h2>To do it again</h2><pre>lmtrain tour --data "
           f"{escape(s.data)} --steps {s.total}</pre><pre>{escape(json.dumps(s.facts['scale']))}</pre></html>\n")
+    shutil.rmtree(s.out / "checkpoints", ignore_errors=True)
     s.say(f"The model is in {s.out / 'model'}, the report in {s.out / 'report.html'}")
 
 # %% ../nbs/8_tour/81_tour.ipynb #tour

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lmtrain import tour as module
 from lmtrain.batch import Example, Noise, collate
+from lmtrain.checkpoint import Save, kept
 from lmtrain.corpora import corpus
 from lmtrain.evaluate import bits_per_byte, interval, ngram_bits, row_bits
 from lmtrain.generate import distribution, generate
@@ -60,8 +61,8 @@ def test_report_needs_nothing_else(story):
 
 def test_everything_is_written(story):
     s, said = story
-    assert {p.name for p in s.out.iterdir()} == {"facts.json", "history.jsonl", "model", "plan.json", "report.html",
-                                                 "samples.txt"}
+    assert {p.name for p in s.out.iterdir()} == {"facts.json", "history.jsonl", "looks.jsonl", "model", "plan.json",
+                                                 "report.html", "samples.txt"}
     facts, history = json.loads((s.out / "facts.json").read_text()), (s.out / "history.jsonl").read_text().splitlines()
     assert facts["steps"] == len(history) == 12 and facts["scale"]["dim"] == 32
     assert {"bits_per_byte", "xz", "five_gram", "known_words", "longest_copy", "tokens_per_second"} <= facts.keys()
@@ -99,6 +100,46 @@ def test_the_plan_is_written_before_step_0(papers, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "seconds_per_step", lambda *_: 1.5)
     with pytest.raises(KeyboardInterrupt): tour(str(papers), minutes=2, out=tmp_path, sizes=TINY, say=lambda _: None)
     assert json.loads((tmp_path / "plan.json").read_text())["steps"] == 80
+
+
+class Power(Exception): "The power goes."
+
+
+@pytest.mark.parametrize("fault", [KeyboardInterrupt, Power])
+def test_an_interrupted_tour_goes_on(papers, tmp_path, monkeypatch, story, fault):
+    "Stopped after step 7 of 12 and started again: the plan is kept, and model, history and samples are those of the whole."
+    def stop(self, trainer):
+        if trainer.done == 7: raise fault
+    request = {"data": str(papers), "steps": 12, "out": tmp_path, "sizes": TINY}
+    with monkeypatch.context() as m:
+        m.setattr(module.Look, "after_step", stop)
+        m.setattr(module, "Save", lambda root, every: Save(root, every=5))
+        with pytest.raises(fault): tour(**request, say=lambda _: None)
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000005"]
+    said: list[str] = []
+    monkeypatch.setattr(module, "seconds_per_step", lambda *_: pytest.fail("the plan was there"))
+    again = tour(**request, say=said.append)
+    assert any("Going on from step 5 of 12" in line for line in said)
+    assert all(torch.equal(a, b) for a, b in zip(story[0].model.parameters(), again.model.parameters(), strict=True))
+    loss = lambda out: module.History.read(out / "history.jsonl")["loss"]
+    assert loss(tmp_path) == loss(story[0].out)
+    assert (tmp_path / "samples.txt").read_text() == (story[0].out / "samples.txt").read_text()
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_another_request_starts_anew(papers, tmp_path, monkeypatch):
+    "Checkpoints of another plan are not continued."
+    def stop(self, trainer): raise Power
+    with monkeypatch.context() as m:
+        m.setattr(module.Look, "look", lambda *_: None); m.setattr(module.Look, "after_step", stop)
+        m.setattr(module, "Save", lambda root, every: Save(root, every=1))
+        m.setattr(module.Progress, "after_step", lambda self, trainer: trainer.callbacks[2].after_step(trainer))
+        with pytest.raises(Power): tour(str(papers), steps=12, out=tmp_path, sizes=TINY, say=lambda _: None)
+    assert kept(tmp_path / "checkpoints")
+    said: list[str] = []
+    tour(str(papers), steps=3, out=tmp_path, sizes=TINY, say=said.append)
+    assert not any("Going on" in line for line in said)
+    assert json.loads((tmp_path / "plan.json").read_text())["steps"] == 3
 
 
 def test_measuring_does_not_train(papers):
@@ -141,9 +182,9 @@ def test_distribution():
     assert torch.allclose(distribution(logits), logits.double().softmax(1))
     assert distribution(logits, 0).argmax(1).tolist() == [0, 2] and distribution(logits, 0).sum() == 2
     for top in (.1, .5, .7, .9, .95, .999):
-        for p, kept in zip(logits.double().softmax(1), distribution(logits, 1, top), strict=True):
+        for p, left in zip(logits.double().softmax(1), distribution(logits, 1, top), strict=True):
             n = next(n for n in range(1, 5) if p.sort(descending=True).values[:n].sum() >= top)
-            assert int((kept > 0).sum()) == n and torch.allclose(kept[kept > 0], p[kept > 0] / p[kept > 0].sum())
+            assert int((left > 0).sum()) == n and torch.allclose(left[left > 0], p[left > 0] / p[left > 0].sum())
 
 
 def test_samples_follow_the_model():
