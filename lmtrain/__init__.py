@@ -7,11 +7,11 @@ _names = {
     "batch": "Example Batch Noise Trace sees collate",
     "text": "train_bpe train_chars load_tokenizer examples chat",
     "corpora": "catalogue corpus apis link_graph",
-    "model": "Size LM Transformer load save",
+    "model": "Size LM Transformer Cache load save",
     "objective": "Objective CLM PrefixLM shift hide nll logp annotated",
     "train": "Task Loader Trainer Callback Progress History",
     "checkpoint": "Save save_state load_state verify latest resume",
-    "generate": "generate",
+    "generate": "generate fill",
     "evaluate": "bits_per_byte",
     "views": "paint paint_loss",
 }

@@ -6,18 +6,20 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['distribution', 'generate']
+__all__ = ['Pick', 'distribution', 'left_to_right', 'confident', 'random_order', 'blocks', 'fill', 'start', 'next_token',
+           'generate']
 
 # %% ../nbs/0_core/07_generate.ipynb #imports-2
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 # %% ../nbs/0_core/07_generate.ipynb #imports-3
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 # %% ../nbs/0_core/07_generate.ipynb #imports-4
-from .batch import Example, Trace, collate
-from .model import Transformer
+from .batch import Batch, Example, Trace, collate
+from .model import LM, Cache, Transformer
 
 # %% ../nbs/0_core/07_generate.ipynb #choose
 def distribution(logits: Tensor, temperature: float = 1.0, top_p: float = 1.0) -> Tensor:
@@ -29,30 +31,97 @@ def distribution(logits: Tensor, temperature: float = 1.0, top_p: float = 1.0) -
     down = down.masked_fill(down.cumsum(1) - down >= top_p, 0)                         # (B,V)
     return torch.zeros_like(p).scatter_(1, order, down / down.sum(1, keepdim=True))    # (B,V)
 
-# %% ../nbs/0_core/07_generate.ipynb #generate
-@torch.no_grad()
-def generate(model: Transformer, prompts: Sequence[Sequence[int]], max_new: int, temperature: float = 1.0,
-             top_p: float = 1.0, eos: int | None = None, seed: int = 0) -> Trace:
-    """Continue each prompt by up to `max_new` tokens, or until `eos`; what lies behind a row's end has `when` -1.
+# %% ../nbs/0_core/07_generate.ipynb #picks
+Pick = Callable[[Tensor, Tensor], Tensor]  # (probability, todo), both (B,T) -> places to write now (B,T) bool
 
-    Raises ValueError for an empty prompt, or a row longer than the model was made for.
+
+def left_to_right(p: Tensor, todo: Tensor) -> Tensor:
+    "The first empty place of each row: (B,T) bool."
+    return todo & (todo.cumsum(1) == 1)
+
+
+def confident(k: int = 1) -> Pick:
+    "The `k` empty places whose proposals are the likeliest. Chang et al. (2022)."
+    def pick(p: Tensor, todo: Tensor) -> Tensor:
+        rank = p.masked_fill(~todo, -1).argsort(dim=1, stable=True, descending=True).argsort(1)  # (B,T)
+        return todo & (rank < k)
+    return pick
+
+
+def random_order(seed: int = 0) -> Pick:
+    "One empty place of each row, drawn blindly."
+    dice = torch.Generator().manual_seed(seed)
+    return lambda p, todo: confident(1)(torch.rand(todo.shape, generator=dice).to(todo.device), todo)
+
+
+def blocks(n: int, inner: Pick) -> Pick:
+    "Blocks of `n` places from left to right, and `inner` inside a block. Arriola et al. (2025)."
+    def pick(p: Tensor, todo: Tensor) -> Tensor:
+        block = torch.arange(todo.shape[1], device=todo.device) // n                   # (T,)
+        first = torch.where(todo, block, todo.shape[1]).amin(1, keepdim=True)          # (B,1)
+        return inner(p, todo & (block == first))
+    return pick
+
+# %% ../nbs/0_core/07_generate.ipynb #fill
+@torch.no_grad()
+def fill(model: LM, ids: Tensor, todo: Tensor, mask_id: int, pick: Pick, temperature: float = 0.0,
+         shifted: bool = False, seed: int = 0) -> Trace:
+    """Write the places `todo` (B,T) of rows `ids` (B,T), in the order of `pick`; `shifted` for causal models.
+
+    Raises ValueError if a causal model is asked for a row's first token, or if `pick` chooses nothing.
     """
+    if shifted and todo[:, 0].any(): raise ValueError("a causal model cannot write the first token of a row")
+    b = collate([Example(r) for r in ids.tolist()]).to(ids.device)
+    dice, todo, ids = torch.Generator().manual_seed(seed), todo.clone(), ids.masked_fill(todo, mask_id)
+    if not shifted: b = b.set(order=torch.zeros_like(ids))
+    when, p, step = torch.zeros_like(ids), torch.ones(ids.shape, device=ids.device), 0  # (B,T) (B,T)
+    while todo.any():
+        h = model(b.set(ids=ids))                                                      # (B,T,D)
+        if shifted: h = h.roll(1, 1)                                                   # (B,T,D)
+        q = distribution(model.head(h[todo]).cpu(), temperature)                       # (N,V)
+        new = q.multinomial(1, generator=dice)                                         # (N,1)
+        says, sure = ids.masked_scatter(todo, new[:, 0].to(ids)), p.masked_scatter(todo, q.gather(1, new)[:, 0].to(p))
+        now, step = pick(sure, todo) & todo, step + 1                                  # (B,T)
+        if not now.any(): raise ValueError("the pick chose no place to write")
+        ids, p, when = torch.where(now, says, ids), torch.where(now, sure, p), when.masked_fill(now, step)
+        todo = todo & ~now                                                             # (B,T)
+    return Trace(ids, when, p)
+
+# %% ../nbs/0_core/07_generate.ipynb #generate
+def start(model: Transformer, prompts: Sequence[Sequence[int]], max_new: int) -> Batch:
+    "The prompts as a batch with positions. Raises ValueError for an empty one, or one too long for the model."
     longest = max(map(len, prompts), default=0) + max_new
     if not prompts or not all(map(len, prompts)): raise ValueError("every prompt needs a token: begin with bos")
     if longest > model.size.length:
         raise ValueError(f"prompt and continuation have {longest} tokens, the model was made for {model.size.length}")
-    b = collate([Example(list(p)) for p in prompts], T=longest)
-    device, rows = model.embed_tokens.weight.device, torch.arange(len(prompts))
-    dice = torch.Generator().manual_seed(seed)
-    when, p = torch.where(b.doc > 0, 0, -1), (b.doc > 0).float()                       # (B,T) (B,T)
-    ids, doc, end = b.ids.clone(), b.doc.clone(), b.doc.sum(1)                         # (B,T) (B,T) (B,)
-    going = torch.ones(len(ids), dtype=torch.bool)                                     # (B,)
+    b = collate([Example(list(p)) for p in prompts])
+    return b.with_extra(pos=b.place).to(model.embed_tokens.weight.device)
+
+
+def next_token(b: Batch, new: Tensor, end: Tensor, going: Tensor) -> Batch:
+    "The batch of one more token a row, at place `end`; rows that have ended get padding."
+    one = collate([Example([i]) for i in new.tolist()]).to(b.ids.device)
+    place = end[:, None].to(b.ids.device)                                              # (B,1)
+    return one.set(order=place, doc=going[:, None].long().to(b.ids.device)).with_extra(pos=place)
+
+# %% ../nbs/0_core/07_generate.ipynb #generate-cached
+@torch.no_grad()
+def generate(model: Transformer, prompts: Sequence[Sequence[int]], max_new: int, temperature: float = 1.0,
+             top_p: float = 1.0, eos: int | None = None, seed: int = 0) -> Trace:
+    "Continue each prompt by up to `max_new` tokens, or until `eos`; what lies behind a row's end has `when` -1."
+    b = start(model, prompts, max_new)
+    dice, cache, rows = torch.Generator().manual_seed(seed), Cache(), torch.arange(len(b))
+    end = (b.doc > 0).sum(1).cpu()                                                     # (B,)
+    tail = lambda c, fill: F.pad(c.cpu(), (0, max_new), value=fill)                    # (B,P+max_new)
+    ids, when = tail(b.ids, 0), tail(torch.where(b.doc > 0, 0, -1), -1)                # (B,T) (B,T)
+    p, going, last = tail((b.doc > 0).float(), 0.0), torch.ones(len(b), dtype=torch.bool), end - 1
     for step in range(1, max_new + 1):
-        h = model(b.set(ids=ids, doc=doc).to(device))[rows, end - 1]                   # (B,D)
+        h = model(b, cache)[rows, last]                                                # (B,D)
         q = distribution(model.head(h).cpu(), temperature, top_p)                      # (B,V)
         new = q.multinomial(1, generator=dice)[:, 0]                                   # (B,)
         at = rows[going], end[going]
-        ids[at], doc[at], when[at], p[at] = new[going], 1, step, q[rows, new].float()[going]
+        ids[at], when[at], p[at] = new[going], step, q[rows, new].float()[going]
+        b, last = next_token(b, new, end, going), torch.zeros_like(last)
         end = end + going
         if eos is not None: going = going & (new != eos)
         if not going.any(): break

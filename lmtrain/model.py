@@ -6,14 +6,14 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['Size', 'rotations', 'rotate', 'Attention', 'MLP', 'Layer', 'LM', 'Transformer', 'moved', 'config_of',
-           'to_transformers', 'written', 'save', 'load']
+__all__ = ['Size', 'rotations', 'rotate', 'joined', 'Cache', 'Attention', 'MLP', 'Layer', 'LM', 'Transformer', 'moved',
+           'config_of', 'to_transformers', 'written', 'save', 'load']
 
 # %% ../nbs/0_core/03_model.ipynb #imports-2
 import math
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from uuid import uuid4
 
@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 # %% ../nbs/0_core/03_model.ipynb #imports-4
-from .batch import Batch
+from .batch import Batch, Columns, sees
 from .text import load_tokenizer
 
 # %% ../nbs/0_core/03_model.ipynb #size
@@ -68,6 +68,35 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     a, b = x.chunk(2, -1)
     return x * cos + torch.cat([-b, a], -1) * sin                                      # (B,H,T,head_dim)
 
+# %% ../nbs/0_core/03_model.ipynb #cache
+def joined(a: Batch, b: Batch) -> Batch:
+    "Two batches of the same rows, side by side; columns about rows are those of `b`."
+    both = lambda x, y: torch.cat([x, y], 1) if y.ndim > 1 else y                      # (B,T) or (B,)
+    columns = {f.name: both(getattr(a, f.name), getattr(b, f.name)) for f in fields(Columns)
+               if isinstance(getattr(b, f.name), Tensor) and not f.name.startswith("_")}
+    extra = {n: both(a.extra[n], c) for n, c in b.extra.items() if n in a.extra}
+    return Batch(**columns, extra=extra)  # type: ignore[arg-type]
+
+
+class Cache:
+    "Keys, values and columns of the tokens a model has read. Raises ValueError for a batch without positions."
+    def __init__(self):
+        self.columns: Batch | None = None
+        self.seen: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+
+    def mask(self, b: Batch) -> Tensor | None:
+        "Which tokens, read before or now, each token of `b` may see: (B,1,T,S) bool; None if plainly causal."
+        if self.columns is None: self.columns = b; return None if b.is_causal else b.sees[:, None]
+        if "pos" not in b.extra: raise ValueError("a batch that goes on from a cache needs extra['pos']")
+        self.columns = joined(self.columns, b)
+        return sees(b, self.columns)[:, None]                                          # (B,1,T,S)
+
+    def add(self, layer: nn.Module, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        "The keys and values of all tokens so far: (B,K,S,hd) each."
+        if layer in self.seen: k, v = (torch.cat(pair, 2) for pair in zip(self.seen[layer], (k, v), strict=True))
+        self.seen[layer] = k, v
+        return k, v
+
 # %% ../nbs/0_core/03_model.ipynb #attention
 class Attention(nn.Module):
     "Grouped-query attention with normalised queries and keys. Ainslie et al. (2023), Qwen3 (2025)."
@@ -79,12 +108,14 @@ class Attention(nn.Module):
         self.q_norm, self.k_norm = nn.RMSNorm(hd, eps=1e-6), nn.RMSNorm(hd, eps=1e-6)
         self.head_dim, self.shared = hd, size.kv != size.heads
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:  # (B,T,D)
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: Cache | None = None
+                ) -> Tensor:  # (B,T,D)
         B, T, D = x.shape
         split = lambda y: y.view(B, T, y.shape[-1] // self.head_dim, self.head_dim)    # (B,T,H,hd)
         q = rotate(self.q_norm(split(self.q_proj(x))).transpose(1, 2), *rope)          # (B,H,T,hd)
         k = rotate(self.k_norm(split(self.k_proj(x))).transpose(1, 2), *rope)          # (B,K,T,hd)
         v = split(self.v_proj(x)).transpose(1, 2)                                      # (B,K,T,hd)
+        if cache is not None: k, v = cache.add(self, k, v)                             # (B,K,S,hd) (B,K,S,hd)
         y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=self.shared)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, D))                         # (B,T,D)
 
@@ -108,8 +139,9 @@ class Layer(nn.Module):
         self.input_layernorm = nn.RMSNorm(size.dim, eps=1e-6)
         self.post_attention_layernorm = nn.RMSNorm(size.dim, eps=1e-6)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:  # (B,T,D)
-        x = x + self.self_attn(self.input_layernorm(x), rope, mask)                    # (B,T,D)
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: Cache | None = None
+                ) -> Tensor:  # (B,T,D)
+        x = x + self.self_attn(self.input_layernorm(x), rope, mask, cache)             # (B,T,D)
         return x + self.mlp(self.post_attention_layernorm(x))                          # (B,T,D)
 
 # %% ../nbs/0_core/03_model.ipynb #transformer
@@ -117,7 +149,7 @@ class LM(nn.Module):
     "A language model: `forward(b)` gives hidden states (B,T,D), `head` scores the vocabulary (...,V)."
     head: nn.Module
 
-    def forward(self, b: Batch) -> Tensor:  # (B,T,D)
+    def forward(self, b: Batch, cache: Cache | None = None) -> Tensor:  # (B,T,D)
         raise TypeError(f"{type(self).__name__} has no forward: an LM maps a Batch to hidden states (B,T,D)")
 
 
@@ -134,12 +166,13 @@ class Transformer(LM):
             if p.ndim > 1: nn.init.normal_(p, std=0.02)
         self.head.weight = self.embed_tokens.weight
 
-    def forward(self, b: Batch) -> Tensor:  # (B,T,D)
+    def forward(self, b: Batch, cache: Cache | None = None) -> Tensor:  # (B,T,D)
         rope = rotations(b.pos, self.size.head_dim, self.size.theta)                   # two (B,1,T,hd)
-        mask = None if b.is_causal else b.sees[:, None]                                # (B,1,T,T)
+        if cache is not None: mask = cache.mask(b)                                     # (B,1,T,S)
+        else: mask = None if b.is_causal else b.sees[:, None]                          # (B,1,T,T)
         x = self.embed_tokens(b.ids)                                                   # (B,T,D)
         rope = (rope[0].to(x.dtype), rope[1].to(x.dtype))
-        for layer in self.layers: x = layer(x, rope, mask)
+        for layer in self.layers: x = layer(x, rope, mask, cache)
         return self.norm(x)                                                            # (B,T,D)
 
 # %% ../nbs/0_core/03_model.ipynb #moved
