@@ -7,7 +7,7 @@ _names = {
     "batch": "Example Batch Noise Trace sees collate",
     "text": "train_bpe train_chars load_tokenizer examples chat",
     "corpora": "catalogue corpus apis link_graph",
-    "model": "Size LM Transformer Cache load save",
+    "model": "Size LM Transformer Pretrained Cache load save obeys_mask",
     "objective": "Objective CLM PrefixLM shift hide nll logp annotated",
     "train": "Task Loader Trainer Callback Progress History",
     "checkpoint": "Save save_state load_state verify latest resume",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 # %% auto #0
 __all__ = ['Size', 'rotations', 'rotate', 'joined', 'Cache', 'Attention', 'MLP', 'Layer', 'LM', 'Transformer', 'moved',
-           'config_of', 'to_transformers', 'written', 'save', 'load']
+           'config_of', 'to_transformers', 'written', 'save', 'load', 'Pretrained', 'close', 'disobeys', 'obeys_mask']
 
 # %% ../nbs/0_core/03_model.ipynb #imports-2
 import math
@@ -22,10 +22,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel,
+                          PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM)
 
 # %% ../nbs/0_core/03_model.ipynb #imports-4
-from .batch import Batch, Columns, sees
+from .batch import Batch, Columns, Example, collate, sees
 from .text import load_tokenizer
 
 # %% ../nbs/0_core/03_model.ipynb #size
@@ -253,3 +254,75 @@ def load(path: str | Path) -> tuple[Transformer, PreTrainedTokenizerFast]:
     weights = {k.removeprefix("model."): v for f in files for k, v in f.items() if k != "lm_head.weight"}
     model.load_state_dict({**weights, "head.weight": weights["embed_tokens.weight"]})
     return model.eval(), load_tokenizer(str(path))
+
+# %% ../nbs/0_core/03_model.ipynb #pretrained
+class Pretrained(LM):
+    "A transformers model, or its name, under a batch's columns. Raises ValueError, by name, if it does not obey them."
+    def __init__(self, name_or_module: str | PreTrainedModel):
+        super().__init__()
+        if isinstance(name_or_module, str):
+            masked = "MaskedLM" in str(AutoConfig.from_pretrained(name_or_module).architectures)
+            name_or_module = (AutoModelForMaskedLM if masked else AutoModelForCausalLM).from_pretrained(name_or_module)
+        self.net: PreTrainedModel = name_or_module
+        self.vocab = self.net.config.get_text_config().vocab_size
+        if fault := disobeys(self): raise ValueError(f"{type(self.net).__name__} cannot run under a batch's mask: {fault}")
+
+    @property
+    def head(self) -> nn.Module:  # type: ignore[override]
+        "All of the model that comes after its hidden states."
+        return nn.Sequential(*(c for c in self.net.children() if c is not self.net.base_model))
+
+    def positions(self, b: Batch) -> Tensor:  # (B,T) long
+        "Positions as this model counts them: some begin behind the number of the padding token."
+        table = getattr(getattr(self.net.base_model, "embeddings", None), "position_embeddings", None)
+        padding = getattr(table, "padding_idx", None)
+        return b.pos if padding is None else b.pos + padding + 1                       # (B,T)
+
+    def added(self, b: Batch):
+        "What is added to the scores: (B,1,T,T), or one for each kind of layer, where some look only nearby."
+        zero, lowest = torch.zeros((), dtype=self.net.dtype, device=b.ids.device), torch.finfo(self.net.dtype).min
+        whole = zero.where(b.sees, lowest)[:, None]                                    # (B,1,T,T)
+        kinds = {*(getattr(self.net.config, "layer_types", None) or ())}
+        if kinds != {"full_attention", "sliding_attention"}: return whole
+        far = (b.pos[:, :, None] - b.pos[:, None]).abs()                               # (B,T,T)
+        near = far < self.net.config.sliding_window + ("MaskedLM" in type(self.net).__name__)  # (B,T,T)
+        return {"full_attention": whole, "sliding_attention": whole.masked_fill(~near[:, None], lowest)}
+
+    def forward(self, b: Batch, cache: Cache | None = None) -> Tensor:  # (B,T,D)
+        if cache is not None: raise ValueError("Pretrained has no cache of columns: leave cache out")
+        return self.net.base_model(input_ids=b.ids, attention_mask=self.added(b), position_ids=self.positions(b),
+                                   use_cache=False)[0]                                 # (B,T,D)
+
+# %% ../nbs/0_core/03_model.ipynb #disobeys
+def close(a: Tensor, b: Tensor) -> bool:
+    "Equal within a thousandth of the larger's size."
+    return bool((a - b).abs().max() <= 1e-3 * b.abs().max())
+
+
+@torch.no_grad()
+def disobeys(model: Pretrained, T: int = 16) -> str:
+    "In what a model does not do as the columns say; empty if it obeys."
+    training, long = model.training, T + 2 * (getattr(model.net.config, "sliding_window", None) or 0)
+    dice = torch.Generator().manual_seed(0)
+    row = lambda n: Example((5 + torch.randint(model.vocab - 5, (n,), generator=dice)).tolist())
+    b, device = collate([row(T), row(T - 5)]), model.net.device
+    both = collate([row(T // 2), row(T // 2)], T, pack=True).to(device)
+    try:
+        model.eval()
+        for order in (b.order, torch.zeros_like(b.order), (b.order - T // 2).clamp(min=0)):
+            c = b.set(order=order).to(device)
+            if any((moved(model, c, j) != c.sees[:, :, j])[c.doc > 0].any() for j in range(0, T - 5, 3)):
+                return "a token sees what the mask hides, or does not see what it shows"
+        own = collate([row(long)]).to(device)
+        h = model.net.base_model(input_ids=own.ids)[0]                                 # (1,long,D)
+        if not any(close(model(own.set(order=o)), h) for o in (own.order, torch.zeros_like(own.order))):
+            return "on its own pattern it gives other hidden states (a sliding window, or positions of its own)"
+        alone = model(collate([Example(both.ids[0, T // 2:].tolist())]).to(device))    # (1,T/2,D)
+        return "" if close(model(both)[:, T // 2:], alone) else "a packed document is not what it is alone"
+    except (TypeError, ValueError, RuntimeError, IndexError) as e: return f"it fails: {str(e).splitlines()[0][:120]}"
+    finally: model.train(training)
+
+# %% ../nbs/0_core/03_model.ipynb #obeys-mask
+def obeys_mask(model: LM) -> bool:
+    "True for a model whose attention is the batch's. The native one is; of others, ask."
+    return isinstance(model, Transformer) or isinstance(model, Pretrained) and not disobeys(model)
