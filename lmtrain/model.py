@@ -265,7 +265,8 @@ class Pretrained(LM):
             name_or_module = (AutoModelForMaskedLM if masked else AutoModelForCausalLM).from_pretrained(name_or_module)
         self.net: PreTrainedModel = name_or_module
         self.vocab = self.net.config.get_text_config().vocab_size
-        if fault := disobeys(self): raise ValueError(f"{type(self.net).__name__} cannot run under a batch's mask: {fault}")
+        if fault := disobeys(self):
+            raise ValueError(f"{type(self.net).__name__} cannot run under a batch's mask: {fault}")
 
     @property
     def head(self) -> nn.Module:  # type: ignore[override]
