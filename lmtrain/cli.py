@@ -35,6 +35,7 @@ def tour(data: Annotated[str, typer.Option(help="A name of `lmtrain data list`, 
                                            )] = "shakespeare",
          minutes: Annotated[Optional[float], typer.Option(help="How long to train; by default 3.")] = None,
          steps: Annotated[Optional[int], typer.Option(help="How many steps to train, instead of minutes.")] = None,
+         column: Annotated[str, typer.Option(help="Which column of the data is the text.")] = "text",
          out: Annotated[str, typer.Option(help="Where the report, the samples and the model go.")] = "tour",
          scale: Annotated[Optional[str], typer.Option(help="Sizes: laptop, classroom or gpu.")] = None,
          ) -> None:
@@ -44,7 +45,7 @@ def tour(data: Annotated[str, typer.Option(help="A name of `lmtrain data list`, 
     wanted = sizes(scale)
     print("Starting ...", flush=True)
     from .tour import tour as run
-    run(data, minutes, steps, out, sizes=wanted)
+    run(data, minutes, steps, out, sizes=wanted, column=column)
 
 
 @data_app.command("list")
@@ -58,15 +59,16 @@ def data_list() -> None:
 
 
 @data_app.command("get")
-def data_get(name: Annotated[str, typer.Argument(help="A name of `lmtrain data list`, or owner/name.")]) -> None:
+def data_get(name: Annotated[str, typer.Argument(help="A name of `lmtrain data list`, a path, or owner/name.")],
+             column: Annotated[str, typer.Option(help="Which column of the data is the text.")] = "text") -> None:
     "Fetch a corpus, check it, and say what is in it."
     from .corpora import catalogue, corpus
     from .settings import cache_dir
     known = catalogue()
     if name in known.index: print(f"{known.loc[name].about}\nlicence: {known.loc[name].licence}", flush=True)
-    for split, rows in corpus(name).items():
+    for split, rows in corpus(name, column).items():
         print(f"{split:<10} {len(rows):>7,} documents, {sum(len(t.encode()) for t in rows['text'][:]) / 1e6:.2f} MB")
-    print(f"kept in {cache_dir()}")
+    if name in known.index: print(f"kept in {cache_dir()}")
 
 
 @app.command()

@@ -79,8 +79,9 @@ def held_out(texts: Sequence[str], share: float = 0.08) -> list[bool]:
     group = near_duplicates(texts) if texts else []
     size, face = Counter(group), dict[int, str]()
     for text, g in zip(texts, group, strict=True): face[g] = min(face.get(g, text), text)
-    if len(size) < 3: raise ValueError(f"{len(texts)} documents that share no passage are too few to hold some out: "
-                                       "bring at least three, or cut a long one into chapters")
+    if len(size) < 3:
+        raise ValueError(f"too few documents to hold some out: {len(size)} that share no passage, and three are needed; "
+                         "bring more text, or cut a long one into chapters with blank lines between them")
     small = sorted((coin(face[g]), g) for g in size if size[g] <= max(1, len(texts) / 100)) or \
         sorted((coin(face[g]), g) for g in size)
     out = {g for c, g in small if c < share} or set()
@@ -228,7 +229,7 @@ def checked(path: Path) -> list[Path]:
 def passages(text: str, size: int = 4000) -> list[str]:
     "A long text cut at blank lines into passages of at least `size` characters."
     out = [""]
-    for part in re.split(r"(?<=\n)[ \t]*\n", text):
+    for part in re.split(r"(?<=\n)[ \t\r]*\n", text):
         if len(out[-1]) >= size: out.append("")
         out[-1] += part + "\n"
     return [p for p in out if p.strip()]

@@ -26,7 +26,8 @@ def lmtrain_(monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LMTRAIN_CACHE", str(tmp_path / "cache")); monkeypatch.setenv("PIP_NO_INDEX", "1")
     (tmp_path / "empty.txt").write_bytes(b""); (tmp_path / "latin.txt").write_bytes(b"caf\xe9 " * 99)
-    (tmp_path / "taken").write_text("a file")
+    (tmp_path / "taken").write_text("a file"); (tmp_path / "short.txt").write_text("one\r\n\r\ntwo\r\n")
+    (tmp_path / "a.csv").write_text("body\n" + "".join(f"text number {i}\n" for i in range(9)))
     return lambda *words: run(monkeypatch, capsys, *words)
 
 
@@ -44,6 +45,8 @@ FAULTS = {
     "a wrong path": (1, ["data", "get", "nobody.txt"], "not a file here"),
     "an empty file": (1, ["tour", "--data", "empty.txt"], "empty.txt is empty"),
     "not UTF-8": (1, ["data", "get", "latin.txt"], "not UTF-8 (byte 3): convert it"),
+    "a wrong column": (1, ["tour", "--data", "a.csv", "--column", "boby"], "no column 'boby'; it has body"),
+    "too little text": (1, ["tour", "--data", "short.txt"], "too few documents to hold some out"),
     "offline": (1, ["data", "get", "shakespeare"], "check the connection"),
 }
 

@@ -88,8 +88,8 @@ def test_boilerplate_goes_to_the_training_side():
 
 
 def test_too_few_documents_are_refused():
-    with pytest.raises(ValueError, match="too few to hold some out"): held_out(["one text", "two texts"])
-    with pytest.raises(ValueError, match="too few"): held_out([])
+    with pytest.raises(ValueError, match="too few documents to hold some out: 2"): held_out(["one text", "two texts"])
+    with pytest.raises(ValueError, match="too few documents"): held_out([])
     assert Counter(held_out(["a a", "b b", "c c"])) == {False: 1, True: 2}
 
 
