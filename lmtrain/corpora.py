@@ -80,7 +80,7 @@ def held_out(texts: Sequence[str], share: float = 0.08) -> list[bool]:
     size, face = Counter(group), dict[int, str]()
     for text, g in zip(texts, group, strict=True): face[g] = min(face.get(g, text), text)
     if len(size) < 3:
-        raise ValueError(f"too few documents to hold some out: {len(size)} that share no passage, and three are needed; "
+        raise ValueError(f"too few documents to hold some out: {len(size)} that share no passage, three are needed; "
                          "bring more text, or cut a long one into chapters with blank lines between them")
     small = sorted((coin(face[g]), g) for g in size if size[g] <= max(1, len(texts) / 100)) or \
         sorted((coin(face[g]), g) for g in size)
