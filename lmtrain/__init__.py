@@ -12,7 +12,7 @@ _names = {
     "train": "Task Loader Trainer Callback Progress History",
     "checkpoint": "Save save_state load_state verify latest resume",
     "generate": "generate fill",
-    "evaluate": "bits_per_byte",
+    "evaluate": "bits_per_byte likelihood pseudo_likelihood minimal_pairs choose exact_match interval",
     "views": "paint paint_loss",
 }
 _where = {name: module for module, names in _names.items() for name in names.split()}

@@ -1,0 +1,93 @@
+"""Likelihoods against transformers and enumeration; pairs, choices and matches by their definitions."""
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+
+from lmtrain.batch import Example, collate
+from lmtrain.evaluate import choose, encoded, exact_match, likelihood, minimal_pairs, pseudo_likelihood
+from lmtrain.model import Size, Transformer, to_transformers
+from lmtrain.text import train_bpe
+
+
+@pytest.fixture(scope="module")
+def tok(): return train_bpe(["the sea was calm and the ship was old <|eos|> "] * 20, 290)
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    m = Transformer(Size(290, dim=32, heads=2, layers=2, length=64)).eval()
+    for p in m.parameters(): p.data *= 4
+    return m
+
+
+def test_likelihood_is_transformers(model, tok):
+    "The sum over a text equals transformers' own loss times its tokens; batches of any size; answers only."
+    items = [Example(encoded(t, tok)) for t in ("the sea was calm", "old", "the ship and the sea")]
+    net = to_transformers(model)
+    with torch.no_grad():
+        want = [-float(net(torch.tensor([e.ids]), labels=torch.tensor([e.ids])).loss) * (len(e) - 1) for e in items]
+    for batch in (1, 2, 9): assert np.allclose(likelihood(model, items, batch), want, atol=1e-3)
+    whole = items[0]
+    cut = [Example(whole.ids, [(t < 4) == part for t in range(len(whole))]) for part in (True, False)]
+    assert abs(likelihood(model, cut).sum() - likelihood(model, [whole])[0]) < 1e-3
+    assert likelihood(model, []).shape == (0,)
+
+
+def test_likelihoods_add_up_to_one():
+    "Over all 5 x 5 continuations of a token, by enumeration."
+    torch.manual_seed(1)
+    small = Transformer(Size(5, dim=8, heads=2, layers=1, length=4)).eval()
+    for p in small.parameters(): p.data *= 4
+    items = [Example([1, a, b]) for a in range(5) for b in range(5)]
+    assert abs(np.exp(likelihood(small, items)).sum() - 1) < 1e-5
+
+
+def test_pseudo_likelihood_by_hand(model):
+    "One token hidden at a time, both sides read, one forward each."
+    e, want = Example([1, 20, 30, 40, 2], [False, True, True, True, False]), 0.
+    for t in (1, 2, 3):
+        ids = list(e.ids); ids[t] = 3
+        b = collate([Example(ids)])
+        with torch.no_grad(): q = model.head(model(b.set(order=torch.zeros_like(b.order))))[0, t].log_softmax(-1)
+        want += float(q[e.ids[t]])
+    for batch in (1, 2, 32): assert np.allclose(pseudo_likelihood(model, [e, e], 3, batch), want, atol=1e-4)
+    assert abs(likelihood(model, [e])[0] - want) > .1  # negative control: it is not the likelihood
+
+
+def test_special_tokens_in_a_text_are_text(tok):
+    assert encoded("<|eos|>", tok).count(tok.eos_token_id) == 1
+
+
+def test_a_tie_is_not_right(tok):
+    "A score that knows nothing gets 0, not a half; the control counts ties and does."
+    nothing = lambda items: np.zeros(len(items))
+    pairs = [("a", "b"), ("the sea", "the see")] * 5
+    assert minimal_pairs(nothing, tok, pairs).sum() == 0
+    assert np.mean([s[0] >= s[1] for s in nothing(pairs * 2).reshape(-1, 2)]) == 1
+    longer = lambda items: np.array([float(len(e)) for e in items])
+    assert minimal_pairs(longer, tok, [("the sea was", "sea"), ("sea", "the sea was")]).tolist() == [1, 0]
+
+
+def test_choose(model, tok):
+    "The highest sum over the choice alone; per byte; a tie is nobody's; the prompt's own probability plays no part."
+    score = partial(likelihood, model)
+    options = [" was", " sea", " ship was calm"]
+    start = encoded("the", tok)[:-1]
+    sums = []
+    for o in options:
+        ids = start + encoded(o, tok)[1:-1]
+        with torch.no_grad(): q = model.head(model(collate([Example(ids)])))[0].log_softmax(-1)  # (T,V)
+        sums.append(sum(float(q[t - 1, ids[t]]) for t in range(len(start), len(ids))))
+    assert choose(score, tok, "the", options) == int(np.argmax(sums))
+    assert choose(score, tok, "the", options, per_byte=True) == int(np.argmax([s / len(o) for s, o in zip(sums, options, strict=True)]))
+    assert choose(score, tok, "the", [" sea", " sea"]) == -1
+    with pytest.raises(ValueError, match="at least a token"): choose(score, tok, "the", ["", "a"])
+
+
+def test_exact_match():
+    said = ["The  Sea!", "a sea", "seas", "12.", ""]
+    assert exact_match(said, ["sea", "the sea", "sea", "12", "the"]).tolist() == [1, 1, 0, 1, 1]
+    with pytest.raises(ValueError): exact_match(["a"], [])
