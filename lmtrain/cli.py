@@ -1,4 +1,4 @@
-"The command line: `lmtrain tour`, `lmtrain data`, `lmtrain doctor`."
+"The command line: `lmtrain tour`, `generate`, `evaluate`, `data`, `doctor`."
 # Heavy imports wait inside the commands, so that `lmtrain --help` answers at once. Every error is one line that says
 # what is wrong and what to do; `--debug` adds the traceback.
 from __future__ import annotations
@@ -46,6 +46,42 @@ def tour(data: Annotated[str, typer.Option(help="A name of `lmtrain data list`, 
     print("Starting ...", flush=True)
     from .tour import tour as run
     run(data, minutes, steps, out, sizes=wanted, column=column)
+
+
+@app.command()
+def generate(model: Annotated[str, typer.Argument(help="A folder with a model, such as tour/model.")],
+             prompt: Annotated[str, typer.Option(help="What the text begins with.")] = "",
+             tokens: Annotated[Optional[int], typer.Option(help="How many tokens at most.")] = None,
+             temperature: Annotated[float, typer.Option(help="0: the likeliest; 1: as the model says.")] = 0.7,
+             top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens with this probability.")] = 0.8,
+             seed: Annotated[int, typer.Option(help="Another seed, another text.")] = 0) -> None:
+    "Write a text with a saved model."
+    from .generate import generate as write
+    from .model import load
+    lm, tok = load(model)
+    words = tok(prompt, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    ids = [tok.bos_token_id, *words]  # type: ignore[misc]
+    room = lm.size.length - len(ids)
+    if room < 1: raise ValueError(f"the prompt has {len(ids)} tokens, and the model reads {lm.size.length}: shorten it")
+    if tokens is not None and tokens < 1: raise ValueError(f"tokens must be more than 0, not {tokens}")
+    t = write(lm, [ids], min(tokens or room, room), temperature, top_p, tok.eos_token_id, seed)
+    print(tok.decode(t.ids[0][t.when[0] >= 0], skip_special_tokens=True))
+
+
+@app.command()
+def evaluate(model: Annotated[str, typer.Argument(help="A folder with a model, such as tour/model.")],
+             data: Annotated[str, typer.Option(help="Whose held-out documents to score.")] = "shakespeare",
+             column: Annotated[str, typer.Option(help="Which column of the data is the text.")] = "text") -> None:
+    "Score a saved model on held-out documents, in bits per byte."
+    _quick_on_cpu()
+    from .corpora import corpus
+    from .evaluate import interval, row_bits
+    from .model import load
+    from .text import examples
+    lm, tok = load(model)
+    rows = examples(corpus(data, column)["validation"]["text"][:], tok, lm.size.length)
+    mean, low, high = (v * len(rows) / rows.nbytes for v in interval(row_bits(lm, rows)))
+    print(f"{mean:.3f} bits per byte ({low:.3f} to {high:.3f}) on {rows.nbytes:,} bytes of {data}")
 
 
 @data_app.command("list")

@@ -1,6 +1,8 @@
 """The command line: every fault is one line and an exit code, and nothing heavy is imported for --help."""
 import errno
+import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -133,6 +135,25 @@ def test_doctor_names_what_is_missing(monkeypatch, capsys):
     assert not found["numpy"][1] and "pip install" in found["numpy"][0]
     assert found["pytest"][1] and "lmtrain[dev]" in found["pytest"][0]
     assert not doctor.doctor() and "things to mend" in capsys.readouterr().out
+
+
+def test_generate_and_evaluate(lmtrain_, tmp_path):
+    "A saved model writes, the same for the same seed, and is scored as its own tour scored it; faults are one line."
+    dice = random.Random(0)
+    words = "the sea was calm and the sailors sang of old ships".split()
+    (tmp_path / "t").mkdir()
+    for i in range(30): (tmp_path / "t" / f"{i:02}.txt").write_text(" ".join(dice.choices(words, k=90)) + f" day {i}")
+    code, _, err = lmtrain_("tour", "--data", "t", "--steps", "4", "--scale", "classroom")
+    assert code == 0, err
+    texts = [lmtrain_("generate", "tour/model", "--prompt", "the sea", "--tokens", "9", "--seed", s)[1] for s in "001"]
+    assert texts[0] == texts[1] != texts[2] and all(t.startswith("the sea") for t in texts)
+    code, out, _ = lmtrain_("evaluate", "tour/model", "--data", "t")
+    assert code == 0 and f"{json.loads((tmp_path / 'tour' / 'facts.json').read_text())['bits_per_byte']:.3f} bits" in out
+    for words, message in {("generate", "nothing"): "no model at 'nothing'", ("generate", "tour/model", "--tokens", "0"): "more than 0",
+                           ("generate", "tour/model", "--prompt", "sea " * 900): "shorten it",
+                           ("evaluate", "tour/model", "--data", "empty.txt"): "is empty"}.items():
+        code, _, err = lmtrain_(*words)
+        assert code == 1 and message in err and err.count("\n") == 1
 
 
 def test_settings(tmp_path, monkeypatch):
