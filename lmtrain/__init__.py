@@ -13,7 +13,7 @@ _names = {
     "checkpoint": "Save save_state load_state verify latest resume",
     "generate": "generate fill",
     "evaluate": "bits_per_byte likelihood pseudo_likelihood minimal_pairs choose exact_match interval",
-    "views": "paint paint_loss",
+    "views": "paint paint_loss paint_sees paint_trace",
 }
 _where = {name: module for module, names in _names.items() for name in names.split()}
 __all__ = ["__version__", *_where]

@@ -101,6 +101,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'lmtrain.generate': { 'lmtrain.generate.blocks': ('0_core/generate.html#blocks', 'lmtrain/generate.py'),
                                   'lmtrain.generate.confident': ('0_core/generate.html#confident', 'lmtrain/generate.py'),
                                   'lmtrain.generate.distribution': ('0_core/generate.html#distribution', 'lmtrain/generate.py'),
+                                  'lmtrain.generate.draw': ('0_core/generate.html#draw', 'lmtrain/generate.py'),
                                   'lmtrain.generate.fill': ('0_core/generate.html#fill', 'lmtrain/generate.py'),
                                   'lmtrain.generate.generate': ('0_core/generate.html#generate', 'lmtrain/generate.py'),
                                   'lmtrain.generate.left_to_right': ('0_core/generate.html#left_to_right', 'lmtrain/generate.py'),
@@ -280,5 +281,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'lmtrain.views.block': ('0_core/views.html#block', 'lmtrain/views.py'),
                                'lmtrain.views.paint': ('0_core/views.html#paint', 'lmtrain/views.py'),
                                'lmtrain.views.paint_loss': ('0_core/views.html#paint_loss', 'lmtrain/views.py'),
+                               'lmtrain.views.paint_sees': ('0_core/views.html#paint_sees', 'lmtrain/views.py'),
+                               'lmtrain.views.paint_trace': ('0_core/views.html#paint_trace', 'lmtrain/views.py'),
                                'lmtrain.views.shown': ('0_core/views.html#shown', 'lmtrain/views.py'),
                                'lmtrain.views.span': ('0_core/views.html#span', 'lmtrain/views.py')}}}

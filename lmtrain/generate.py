@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['Pick', 'distribution', 'left_to_right', 'confident', 'random_order', 'blocks', 'fill', 'start', 'next_token',
+__all__ = ['Pick', 'distribution', 'draw', 'left_to_right', 'confident', 'random_order', 'blocks', 'fill', 'start', 'next_token',
            'generate']
 
 # %% ../nbs/0_core/07_generate.ipynb #imports-2
@@ -30,6 +30,13 @@ def distribution(logits: Tensor, temperature: float = 1.0, top_p: float = 1.0) -
     down, order = p.sort(dim=1, stable=True, descending=True)                            # (B,V) (B,V)
     down = down.masked_fill(down.cumsum(1) - down >= top_p, 0)                         # (B,V)
     return torch.zeros_like(p).scatter_(1, order, down / down.sum(1, keepdim=True))    # (B,V)
+
+# %% ../nbs/0_core/07_generate.ipynb #draw
+def draw(logits: Tensor, temperature: float, top_p: float, dice: torch.Generator) -> tuple[Tensor, Tensor]:
+    "A token for each row, and its probability: as drawn, or the model's own if the likeliest is taken. (B,) (B,)"
+    q = distribution(logits, temperature, top_p)                                       # (B,V)
+    new = q.multinomial(1, generator=dice)                                             # (B,1)
+    return new[:, 0], (q if temperature else distribution(logits)).gather(1, new)[:, 0]
 
 # %% ../nbs/0_core/07_generate.ipynb #picks
 Pick = Callable[[Tensor, Tensor], Tensor]  # (probability, todo), both (B,T) -> places to write now (B,T) bool
@@ -78,9 +85,8 @@ def fill(model: LM, ids: Tensor, todo: Tensor, mask_id: int, pick: Pick, tempera
     while todo.any():
         h = model(b.set(ids=ids))                                                      # (B,T,D)
         if shifted: h = h.roll(1, 1)                                                   # (B,T,D)
-        q = distribution(model.head(h[todo]).cpu(), temperature)                       # (N,V)
-        new = q.multinomial(1, generator=dice)                                         # (N,1)
-        says, sure = ids.masked_scatter(todo, new[:, 0].to(ids)), p.masked_scatter(todo, q.gather(1, new)[:, 0].to(p))
+        new, sure = draw(model.head(h[todo]).cpu(), temperature, 1.0, dice)            # (N,) (N,)
+        says, sure = ids.masked_scatter(todo, new.to(ids)), p.masked_scatter(todo, sure.to(p))  # (B,T) (B,T)
         now, step = pick(sure, todo) & todo, step + 1                                  # (B,T)
         if not now.any(): raise ValueError("the pick chose no place to write")
         ids, p, when = torch.where(now, says, ids), torch.where(now, sure, p), when.masked_fill(now, step)
@@ -117,10 +123,9 @@ def generate(model: Transformer, prompts: Sequence[Sequence[int]], max_new: int,
     p, going, last = tail((b.doc > 0).float(), 0.0), torch.ones(len(b), dtype=torch.bool), end - 1
     for step in range(1, max_new + 1):
         h = model(b, cache)[rows, last]                                                # (B,D)
-        q = distribution(model.head(h).cpu(), temperature, top_p)                      # (B,V)
-        new = q.multinomial(1, generator=dice)[:, 0]                                   # (B,)
+        new, sure = draw(model.head(h).cpu(), temperature, top_p, dice)                # (B,) (B,)
         at = rows[going], end[going]
-        ids[at], when[at], p[at] = new[going], step, q[rows, new].float()[going]
+        ids[at], when[at], p[at] = new[going], step, sure.float()[going]
         b, last = next_token(b, new, end, going), torch.zeros_like(last)
         end = end + going
         if eos is not None: going = going & (new != eos)

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['ROW', 'TOKEN', 'Picture', 'shown', 'span', 'block', 'paint', 'paint_loss']
+__all__ = ['ROW', 'TOKEN', 'Picture', 'shown', 'span', 'block', 'paint', 'paint_loss', 'paint_sees', 'paint_trace']
 
 # %% ../nbs/0_core/09_views.ipynb #imports-2
 import math
@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 # %% ../nbs/0_core/09_views.ipynb #imports-4
-from .batch import Batch
+from .batch import Batch, Trace
 from .model import LM
 from .objective import logp
 
@@ -89,3 +89,38 @@ def _costs(b: Batch, cost: Tensor, r: int, tok: PreTrainedTokenizerFast) -> str:
         parts.append(span(shown(int(b.targets[r, t]), tok), tip, style, f"{bits:.0f}"))
     mean = float(cost[r].sum()) / max(1, len(parts))
     return block(parts, f"row {r}: {mean:.2f} bits a token")
+
+# %% ../nbs/0_core/09_views.ipynb #paint-sees
+def paint_sees(b: Batch, tok: PreTrainedTokenizerFast, row: int = 0) -> Picture:
+    "Which tokens each token of a row may see, as an SVG grid. Raises ValueError for a row of more than 64 tokens."
+    n, seen = int((b.doc[row] > 0).nonzero().max()) + 1 if b.doc[row].any() else 0, b.sees[row].tolist()
+    if n > 64: raise ValueError(f"a grid of {n} tokens cannot be read: take at most 64")
+    names, a, left = [shown(int(i), tok) for i in b.ids[row, :n]], 16, 90
+    word = "font:11px ui-monospace,monospace"
+    parts = [f"<text x='{left - 6}' y='{left + a * i + 12}' text-anchor='end' fill='currentColor' style='{word}'>"
+             f"{escape(w)}</text><text transform='translate({left + a * i + 12},{left - 6}) rotate(-90)' "
+             f"fill='currentColor' style='{word}'>{escape(w)}</text>" for i, w in enumerate(names)]
+    for i in range(n):
+        for j in range(n):
+            at = f"x='{left + a * j}' y='{left + a * i}' width='{a - 1}' height='{a - 1}'"
+            tip = f"<title>{escape(names[i])} {'sees' if seen[i][j] else 'does not see'} {escape(names[j])}</title>"
+            parts.append(f"<rect {at} fill='rgb(0,114,178)' fill-opacity='{.75 if seen[i][j] else .08}'>{tip}</rect>")
+            dot = f"cx='{left + a * j + 7.5}' cy='{left + a * i + 7.5}' r='1.5'"
+            if seen[i][j]: parts.append(f"<circle {dot} fill='white'/>")
+    size, count = left + a * n, sum(map(sum, (r[:n] for r in seen[:n])))
+    return Picture(f"<svg role='img' aria-label='{count} of {n * n} pairs are seen' width='{size}' height='{size}' "
+                   f"xmlns='http://www.w3.org/2000/svg'>{''.join(parts)}</svg>")
+
+# %% ../nbs/0_core/09_views.ipynb #paint-trace
+def paint_trace(trace: Trace, tok: PreTrainedTokenizerFast, rows: int = 4) -> Picture:
+    "The first rows of a trace: the step at which each token was written, and how surely."
+    out = []
+    for r in range(min(rows, len(trace))):
+        parts = []
+        for token, when, p in zip(trace.ids[r].tolist(), trace.when[r].tolist(), trace.p[r].tolist(), strict=True):
+            if when < 0: continue
+            tip = f"written in step {when}, p = {p:.3f}" if when else "given"
+            ground = f"background:rgba(0,158,115,{0.08 + 0.6 * p:.2f})" if when else "opacity:.7"
+            parts.append(span(shown(token, tok), tip, ground, str(when) if when else ""))
+        out.append(block(parts, f"row {r}: {int((trace.when[r] > 0).sum())} tokens were written"))
+    return Picture("".join(out))

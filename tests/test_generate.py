@@ -112,6 +112,18 @@ def test_confident_takes_the_surest():
     assert confident(2)(p, todo).tolist() == [[False, False, True, True]]
 
 
+def test_greedy_is_as_sure_as_the_model():
+    "At temperature 0 the recorded probability is the model's, so `confident` writes the surest place first: by hand."
+    model, ids = model_of(), torch.tensor([[1, 0, 5, 0, 0, 7]])                        # (1,6)
+    todo = ids == 0                                                                    # (1,6)
+    b = collate([Example([1, 19, 5, 19, 19, 7])])
+    with torch.no_grad(): p = model.head(model(b.set(order=torch.zeros_like(ids))))[0].softmax(-1).amax(-1)  # (T,)
+    t = fill(model, ids, todo, 19, confident(1))
+    first = int((t.when[0] == 1).nonzero())
+    assert first == int(p.masked_fill(~todo[0], -1).argmax()) and abs(float(t.p[0, first] - p[first])) < 1e-5
+    assert (generate(model, [[1]], 5, temperature=0).p[0, 1:] < 1).all()
+
+
 def test_fill_at_the_place_or_before_it():
     "A masked model is asked at the place and reads both sides; a causal one before it. By hand, for one token."
     model, ids = model_of(), torch.tensor([[1, 5, 0, 7]])                              # (1,4)

@@ -20,7 +20,7 @@ from lmtrain.objective import CLM, hide, logp, shift
 from lmtrain.settings import Scale
 from lmtrain.text import examples, train_bpe
 from lmtrain.tour import known_words, longest_copy, tour
-from lmtrain.views import paint, paint_loss
+from lmtrain.views import paint, paint_loss, paint_sees, paint_trace
 
 TINY = Scale(vocab=300, dim=32, heads=2, layers=1, length=64, rows=4, lr=.01, minutes=1, seed=0, seeds=1)
 
@@ -284,6 +284,12 @@ def test_pictures_say_what_is_asked():
     assert "<b>" not in html.replace("<b>1:</b>", "") and "&lt;" in html
     assert paint(b, tok).count("not asked") == b.ids.numel()
     model = Transformer(Size(len(tok), 16, 2, layers=1))
+    grid = paint_sees(b.set(order=(b.order - 2).clamp(min=0)), tok)
+    sees = b.set(order=(b.order - 2).clamp(min=0)).sees                                # (1,T,T)
+    assert grid.count("<circle") == int(sees.sum()) and grid.count("<rect") == sees.numel()
+    with pytest.raises(ValueError, match="at most 64"): paint_sees(collate([Example([7] * 65)]), tok)
+    t = generate(model, [[1, 5]], 3)
+    assert [f">{k}</sub>" in paint_trace(t, tok) for k in (1, 2, 3, 4)] == [True] * 3 + [False]
     asked = shift(b)
     cost = -logp(model, asked)[0].detach() / math.log(2)                               # (T,)
     said = [float(x) for x in module.re.findall(r"title='([\d.]+) bits", paint_loss(model, asked, tok))]
