@@ -100,3 +100,26 @@ def test_it_trains_under_our_objectives():
     assert h["loss"][-1] < .5 * h["loss"][0] and model.training
     with pytest.raises(ValueError, match="leave cache out"): model(b, module.Cache())
     assert obeys_mask(Transformer(Size(9, 8, 2, layers=1))) and len(nll(model, shift(b))) % 128 == 0
+
+
+def test_a_qwen3_directory_trains_here_and_goes_back(tmp_path):
+    "Made by transformers, opened here, trained, saved, opened there: the same logits, and the same text in a pipeline."
+    from lmtrain.generate import generate
+    from lmtrain.model import load, save
+    from lmtrain.text import train_bpe
+    tok = train_bpe(["the sea was calm and the ship was old "] * 30, 290)
+    net = Qwen3ForCausalLM(Qwen3Config(**{**KV, "vocab_size": len(tok)}, head_dim=8, tie_word_embeddings=True,
+                                       max_position_embeddings=32))
+    net.save_pretrained(tmp_path / "theirs"); tok.save_pretrained(tmp_path / "theirs")
+    model, tok = load(tmp_path / "theirs")
+    ids = tok("the sea was calm")["input_ids"]
+    with torch.no_grad(): ours, theirs = model.head(model(collate([Example(ids)]))), net(torch.tensor([ids])).logits
+    assert torch.allclose(ours, theirs, atol=1e-5)
+    b = CLM().corrupt(collate([Example(ids + [tok.eos_token_id])]), None)
+    h = Trainer(model.train(), CLM(), [b], lr=1e-2, steps=30).fit()
+    assert h["loss"][-1] < .5 * h["loss"][0]
+    save(model.eval(), tok, tmp_path / "ours")
+    pipe = transformers.pipeline("text-generation", model=str(tmp_path / "ours"))
+    said = pipe("the sea", max_new_tokens=6, do_sample=False)[0]["generated_text"]
+    t = generate(model, [tok("the sea")["input_ids"]], 6, temperature=0, eos=tok.eos_token_id)
+    assert said == tok.decode(t.ids[0][t.when[0] >= 0], skip_special_tokens=True)
