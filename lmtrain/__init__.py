@@ -7,13 +7,15 @@ _names = {
     "batch": "Example Batch Noise Trace sees collate",
     "text": "train_bpe train_chars load_tokenizer examples chat",
     "corpora": "catalogue corpus apis link_graph",
-    "model": "Size LM Transformer Pretrained Cache load save obeys_mask",
+    "model": "Size LM Transformer Pretrained Cache with_heads load save obeys_mask to_transformers",
     "objective": "Objective CLM PrefixLM shift hide nll logp annotated",
+    "optim": "adamw muon warmup_decay",
     "train": "Task Loader Trainer Callback Progress History",
     "checkpoint": "Save save_state load_state verify latest resume",
-    "generate": "generate fill",
-    "evaluate": "bits_per_byte likelihood pseudo_likelihood minimal_pairs choose exact_match interval",
-    "views": "paint paint_loss paint_sees paint_trace",
+    "generation": "generate fill left_to_right confident random_order blocks until",
+    "evaluate": "Evaluate bits_per_byte bits_interval held_loss likelihood pseudo_likelihood minimal_pairs choose "
+                "exact_match interval",
+    "views": "paint paint_loss paint_sees paint_trace compare explore Watch",
 }
 _where = {name: module for module, names in _names.items() for name in names.split()}
 __all__ = ["__version__", *_where]

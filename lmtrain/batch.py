@@ -109,6 +109,13 @@ class Derived(Columns):
         return self._asked
 
     @property
+    def asks_ahead(self) -> bool:
+        "True if tokens are asked for the next one, which they do not see: only so a model learns to write on."
+        later = (self.order[:, 1:] > self.order[:, :-1]) & (self.doc[:, 1:] == self.doc[:, :-1])  # (B,T-1)
+        hit = later & (self.weights[:, :-1] != 0) & (self.doc[:, 1:] > 0)              # (B,T-1)
+        return bool(hit.any() and (self.targets[:, :-1] == self.clean[:, 1:])[hit].all())
+
+    @property
     def is_causal(self) -> bool:
         "True if every row is one document read from left to right, with padding only at its end."
         if self._causal is None: self._causal = "private" not in self.extra and _causal(self)
@@ -136,7 +143,7 @@ class Batch(Derived):
         columns = {n: f(getattr(self, n)) for n in _COLUMNS}
         return Batch(**columns, extra={n: f(c) for n, c in self.extra.items()})  # type: ignore[arg-type]
 
-    def __getitem__(self, rows) -> Batch: return self.each(lambda c: c[rows])
+    def __getitem__(self, rows) -> Batch: return self.each(lambda c: c[[rows] if isinstance(rows, int) else rows])
 
     def to(self, device, non_blocking: bool = False) -> Batch:
         "A copy on `device`; `asked` and `is_causal` are found first, where it costs nothing."
@@ -244,8 +251,8 @@ class Noise:
 
     def at(self, index: Tensor, place: Tensor | int, draw: int = 0) -> Tensor:
         "The number of a place in an example: float, shaped like `index`."
-        h = mix(mix(mix(self.seed & 0xFFFFFFFF) ^ (self.epoch & 0xFFFFFFFF)) ^ draw)
-        return (mix(mix((index & 0xFFFFFFFF) ^ h) ^ place) >> 8).float() / 2**24
+        h = mix(mix(mix((self.seed + 0x9E3779B9) & 0xFFFFFFFF) ^ (self.epoch & 0xFFFFFFFF)) ^ draw)
+        return (mix(mix((index & 0xFFFFFFFF) ^ h) ^ (place * 0x9E3779B1 & 0xFFFFFFFF)) >> 8).float() / 2**24
 
     def __call__(self, b: Batch, draw: int = 0) -> Tensor:
         "One number a token: (B,T) float."

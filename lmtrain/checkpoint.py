@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['SUMS', 'split', 'join', 'synced', 'sealed', 'sums', 'save_state', 'verify', 'load_state', 'bare', 'places',
+__all__ = ['SUMS', 'split', 'join', 'synced', 'sealed', 'sums', 'save_state', 'verify', 'load_state', 'places', 'kinds', 'dice',
            'trainer_state', 'restore', 'kept', 'latest', 'resume', 'Save']
 
 # %% ../nbs/0_core/06_checkpoint.ipynb #imports-2
@@ -116,38 +116,55 @@ def load_state(path: str | Path) -> dict[str, Any]:
     return {name: join(s, load_file(Path(path) / f"{name}.safetensors")) for name, s in skeletons.items()}
 
 # %% ../nbs/0_core/06_checkpoint.ipynb #trainer-state
-def bare(trainer: Trainer) -> nn.Module:
-    "The model itself, without what wraps it for training."
-    return trainer.accelerator.unwrap_model(trainer.task).model
-
-
 def places(trainer: Trainer) -> list[tuple[str, Any, nn.Parameter]]:
     "(name, optimizer, parameter) for all that is trained, in the optimizer's order."
-    names = {id(p): n for n, p in bare(trainer).named_parameters()}
+    names = {id(p): n for n, p in trainer.model.named_parameters()}
     parts = getattr(trainer.optimizer, "optimizers", [trainer.optimizer])
     return [(names[id(p)], o, p) for o in parts for g in o.param_groups for p in g["params"]]
 
+# %% ../nbs/0_core/06_checkpoint.ipynb #trainer-rng
+def kinds(trainer: Trainer) -> list[str]:
+    "Which optimizers a trainer has."
+    return [type(o).__name__ for o in getattr(trainer.optimizer, "optimizers", [trainer.optimizer])]
 
+
+def dice(trainer: Trainer) -> dict[str, Tensor]:
+    "The states of the random generators, one row a rank: (ranks,n) uint8 each."
+    states = {"cpu": torch.get_rng_state()}                                            # (n,)
+    if trainer.accelerator.device.type == "cuda": states["cuda"] = torch.cuda.get_rng_state()  # (n,)
+    accelerator = trainer.accelerator
+    return {k: accelerator.gather(s.to(accelerator.device)[None]).cpu() for k, s in states.items()}
+
+# %% ../nbs/0_core/06_checkpoint.ipynb #trainer-whole
 def trainer_state(trainer: Trainer) -> dict[str, Any]:
-    "All that a run's future depends on. Raises TypeError if its batches have no position that can be kept."
+    """All that a run's future depends on; every rank must call it.
+
+    Raises TypeError if its batches have no position that can be kept.
+    """
     if not hasattr(trainer.batches, "state_dict"):
         raise TypeError("these batches have no state_dict, so the run cannot be continued: use a Loader")
-    rng = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
-    return {"model": bare(trainer).state_dict(), "rng": rng,
+    return {"model": trainer.model.state_dict(), "rng": dice(trainer),
             "optimizer": {n: dict(o.state[p]) for n, o, p in places(trainer) if p in o.state},
-            "progress": {"done": trainer.done, "batches": trainer.batches.state_dict()}}
+            "progress": {"done": trainer.done, "ahead": trainer.ahead, "batches": trainer.batches.state_dict(),
+                         "optimizer": kinds(trainer)}}
 
 # %% ../nbs/0_core/06_checkpoint.ipynb #restore
 def restore(trainer: Trainer, state: dict[str, Any]) -> None:
-    "Put a kept state into a trainer that was made in the same way. Raises what `load_state_dict` raises."
-    bare(trainer).load_state_dict(state["model"])
+    """Put a kept state into a trainer that was made in the same way.
+
+    Raises ValueError if its optimizer is another, and what `load_state_dict` raises.
+    """
+    if (was := state["progress"]["optimizer"]) != kinds(trainer):
+        raise ValueError(f"the checkpoint was kept with {', '.join(was)}, this trainer has {', '.join(kinds(trainer))}")
+    trainer.model.load_state_dict(state["model"])
     for name, optimizer, p in places(trainer):
         kept = state["optimizer"].get(name, {})
         on = lambda v, like: v.to(like.device) if isinstance(v, Tensor) and v.ndim else v
         if kept: optimizer.state[p] = {k: on(v, p) for k, v in kept.items()}
-    torch.set_rng_state(state["rng"]["cpu"])
-    if state["rng"]["cuda"]: torch.cuda.set_rng_state_all(state["rng"]["cuda"])
-    trainer.done = state["progress"]["done"]
+    rank, setters = trainer.accelerator.process_index, {"cpu": torch.set_rng_state, "cuda": torch.cuda.set_rng_state}
+    for kind, states in state["rng"].items():
+        if rank < len(states): setters[kind](states[rank].clone())  # a view of another row crashes it
+    trainer.done, trainer.ahead = state["progress"]["done"], state["progress"]["ahead"]
     trainer.batches.load_state_dict(state["progress"]["batches"])  # type: ignore[attr-defined]
 
 # %% ../nbs/0_core/06_checkpoint.ipynb #save
@@ -187,13 +204,15 @@ class Save(Callback):
         self.before = signal.signal(signal.SIGINT, ask)
 
     def after_step(self, trainer: Trainer) -> None:
-        if trainer.done % self.every == 0 or trainer.stop or trainer.done == trainer.steps: self.save(trainer)
+        if trainer.done % self.every == 0 or trainer.done == trainer.steps: self.save(trainer)
 
     def save(self, trainer: Trainer) -> None:
         "Write the checkpoint of this step, then remove the oldest."
-        path = self.root / f"step-{trainer.done:08}"
-        if trainer.accelerator.is_main_process and not path.exists():
-            save_state(path, **trainer_state(trainer))
+        if self.last == trainer.done: return
+        path, state, self.last = self.root / f"step-{trainer.done:08}", trainer_state(trainer), trainer.done
+        if trainer.accelerator.is_main_process:
+            shutil.rmtree(path, ignore_errors=True)        # a damaged one, which was not resumed from
+            save_state(path, **state)
             for old in kept(self.root)[self.keep:]: shutil.rmtree(old)
         trainer.accelerator.wait_for_everyone()
 

@@ -1,4 +1,4 @@
-"The command line: `lmtrain tour`, `generate`, `evaluate`, `data`, `doctor`."
+"The command line: `lmtrain tour`, `train`, `generate`, `evaluate`, `data`, `doctor`."
 # Heavy imports wait inside the commands, so that `lmtrain --help` answers at once. Every error is one line that says
 # what is wrong and what to do; `--debug` adds the traceback.
 from __future__ import annotations
@@ -49,6 +49,28 @@ def tour(data: Annotated[str, typer.Option(help="A name of `lmtrain data list`, 
 
 
 @app.command()
+def train(data: Annotated[str, typer.Option(help="A name of `lmtrain data list`, a path, or owner/name on the hub."
+                                            )] = "shakespeare",
+          objective: Annotated[str, typer.Option(help='What to ask, such as "PrefixLM(cut=.5)", or module.Class.'
+                                                 )] = "CLM",
+          model: Annotated[str, typer.Option(help='A folder to go on from, or "Size(dim=256)"; by default a new one.'
+                                             )] = "",
+          steps: Annotated[int, typer.Option(help="How many steps to train.")] = 1000,
+          out: Annotated[str, typer.Option(help="Where checkpoints, histories and the model go.")] = "run",
+          column: Annotated[str, typer.Option(help="Which column of the data is the text.")] = "text",
+          rows: Annotated[int, typer.Option(help="Rows of a batch, on each process.")] = 0,
+          length: Annotated[int, typer.Option(help="Tokens of a row.")] = 0,
+          window: Annotated[int, typer.Option(help="Batches of a step.")] = 1,
+          lr: Annotated[float, typer.Option(help="The highest learning rate.")] = 0.0,
+          seed: Annotated[int, typer.Option(help="Another seed, another run.")] = 0) -> None:
+    "Train any model on any text with any objective; under torchrun or accelerate launch on all their processes."
+    _quick_on_cpu()
+    sys.path.insert(0, "")  # an objective of one's own lies in the folder one is in
+    from .run import Job, train as run
+    run(Job(objective, model, data, column, steps, rows, length, window, lr, seed), out)
+
+
+@app.command()
 def generate(model: Annotated[str, typer.Argument(help="A folder with a model, such as tour/model.")],
              prompt: Annotated[str, typer.Option(help="What the text begins with.")] = "",
              tokens: Annotated[Optional[int], typer.Option(help="How many tokens at most.")] = None,
@@ -56,7 +78,7 @@ def generate(model: Annotated[str, typer.Argument(help="A folder with a model, s
              top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens with this probability.")] = 0.8,
              seed: Annotated[int, typer.Option(help="Another seed, another text.")] = 0) -> None:
     "Write a text with a saved model."
-    from .generate import generate as write
+    from .generation import generate as write
     from .model import load
     lm, tok = load(model)
     words = tok(prompt, add_special_tokens=False, split_special_tokens=True)["input_ids"]
@@ -75,12 +97,12 @@ def evaluate(model: Annotated[str, typer.Argument(help="A folder with a model, s
     "Score a saved model on held-out documents, in bits per byte."
     _quick_on_cpu()
     from .corpora import corpus
-    from .evaluate import interval, row_bits
+    from .evaluate import bits_interval
     from .model import load
     from .text import examples
     lm, tok = load(model)
     rows = examples(corpus(data, column)["validation"]["text"][:], tok, lm.size.length)
-    mean, low, high = (v * len(rows) / rows.nbytes for v in interval(row_bits(lm, rows)))
+    mean, low, high = bits_interval(lm, rows)
     print(f"{mean:.3f} bits per byte ({low:.3f} to {high:.3f}) on {rows.nbytes:,} bytes of {data}")
 
 

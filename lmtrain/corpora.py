@@ -81,7 +81,7 @@ def held_out(texts: Sequence[str], share: float = 0.08) -> list[bool]:
     for text, g in zip(texts, group, strict=True): face[g] = min(face.get(g, text), text)
     if len(size) < 3:
         raise ValueError(f"too few documents to hold some out: {len(size)} that share no passage, three are needed; "
-                         "bring more text, or cut a long one into chapters with blank lines between them")
+                         "bring more text; a single file is cut into passages at its blank lines")
     small = sorted((coin(face[g]), g) for g in size if size[g] <= max(1, len(texts) / 100)) or \
         sorted((coin(face[g]), g) for g in size)
     out = {g for c, g in small if c < share} or set()
@@ -226,9 +226,9 @@ def checked(path: Path) -> list[Path]:
     return files
 
 # %% ../nbs/0_core/02_corpora.ipynb #passages
-def passages(text: str, size: int = 4000) -> list[str]:
-    "A long text cut at blank lines into passages of at least `size` characters."
-    out = [""]
+def passages(text: str) -> list[str]:
+    "A long text cut at blank lines, into passages of 4,000 characters or more, of a short one a twentieth."
+    size, out = max(200, min(4000, len(text) // 20)), [""]
     for part in re.split(r"(?<=\n)[ \t\r]*\n", text):
         if len(out[-1]) >= size: out.append("")
         out[-1] += part + "\n"

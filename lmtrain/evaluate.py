@@ -6,12 +6,13 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['Score', 'row_bits', 'bits_per_byte', 'interval', 'grams', 'ngram_bits', 'encoded', 'likelihood', 'pseudo_likelihood',
-           'minimal_pairs', 'choose', 'exact_match']
+__all__ = ['Score', 'must_be_causal', 'row_bits', 'bits_per_byte', 'interval', 'bits_interval', 'grams', 'ngram_bits', 'encoded',
+           'likelihood', 'pseudo_likelihood', 'minimal_pairs', 'choose', 'exact_match', 'held_loss', 'Evaluate']
 
 # %% ../nbs/0_core/08_evaluate.ipynb #imports-2
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import cast
 
@@ -22,21 +23,26 @@ from transformers import PreTrainedTokenizerFast
 
 # %% ../nbs/0_core/08_evaluate.ipynb #imports-4
 from .batch import Example, Noise, collate
-from .model import LM
-from .objective import CLM, hide, logp
+from .model import LM, evaluating
+from .objective import CLM, Objective, hide, logp
 from .text import Rows
+from .train import Callback, History, Trainer
 
 # %% ../nbs/0_core/08_evaluate.ipynb #bits
-@torch.no_grad()
+def must_be_causal(model: LM) -> None:
+    "Raises ValueError for a model whose answers from left to right mean nothing."
+    if not model.causal: raise ValueError("this model was trained with both sides in view: what it says from left to "
+                                          "right is no measure of it; use pseudo_likelihood or a bound")
+
+
 def row_bits(model: LM, rows: Rows, batch: int = 16) -> np.ndarray:
-    "Bits that each row's asked tokens cost: (rows,) float64."
-    device, was_training = next(model.parameters()).device, model.training
-    model.eval()
-    T, out = max(len(e) for e in rows), []
+    "Bits that each row's asked tokens cost: (rows,) float64. Raises ValueError for a model that is not causal."
+    must_be_causal(model)
+    T, out, device = max(len(e) for e in rows), [], next(model.parameters()).device
     for i in range(0, len(rows), batch):
         b = CLM().corrupt(collate(rows[i:i + batch], T=T), Noise()).to(device)
-        out.append(-(logp(model, b) * b.weights).sum(1).double().cpu() / math.log(2))  # (batch,)
-    model.train(was_training)
+        with evaluating(model): nats = -(logp(model, b) * b.weights).sum(1)            # (batch,)
+        out.append(nats.double().cpu() / math.log(2))                                  # (batch,)
     return torch.cat(out).numpy()                                                      # (rows,)
 
 
@@ -45,15 +51,26 @@ def bits_per_byte(model: LM, rows: Rows, batch: int = 16) -> float:
     return float(row_bits(model, rows, batch).sum() / rows.nbytes)
 
 # %% ../nbs/0_core/08_evaluate.ipynb #interval
-def interval(values: Sequence[float] | np.ndarray, level: float = 0.95, draws: int = 2000, seed: int = 0
-             ) -> tuple[float, float, float]:
-    "Mean of independent values, and the ends of its bootstrap interval. Efron (1979). ValueError if there are none."
+def interval(values: Sequence[float] | np.ndarray, sizes: Sequence[float] | np.ndarray | None = None,
+             level: float = 0.95, draws: int = 2000, seed: int = 0) -> tuple[float, float, float]:
+    """Mean of independent values, or their sum over that of their `sizes`, and its bootstrap interval. Efron (1979).
+
+    Raises ValueError if there are no values.
+    """
     x = np.asarray(values, float)
+    n = np.ones(len(x)) if sizes is None else np.asarray(sizes, float)
     if not len(x): raise ValueError("an interval needs values")
     dice = np.random.default_rng(seed)
-    means = np.array([x[dice.integers(len(x), size=len(x))].mean() for _ in range(draws)])
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return float(x.mean()), float(low), float(high)
+    drawn = (dice.integers(len(x), size=len(x)) for _ in range(draws))
+    low, high = np.quantile([x[i].sum() / n[i].sum() for i in drawn], [(1 - level) / 2, (1 + level) / 2])
+    return float(x.sum() / n.sum()), float(low), float(high)
+
+
+def bits_interval(model: LM, rows: Rows, batch: int = 16) -> tuple[float, float, float]:
+    "Bits per byte, and its bootstrap interval over rows."
+    tokens_per_byte = rows.asked.sum() / rows.nbytes
+    mean, low, high = interval(row_bits(model, rows, batch), rows.asked)
+    return mean * tokens_per_byte, low * tokens_per_byte, high * tokens_per_byte
 
 # %% ../nbs/0_core/08_evaluate.ipynb #ngram
 def grams(text: np.ndarray, n: int) -> np.ndarray:
@@ -65,6 +82,7 @@ def grams(text: np.ndarray, n: int) -> np.ndarray:
 
 def ngram_bits(train: Iterable[str], validation: Iterable[str], n: int = 5) -> float:
     "Bits per byte of an interpolated byte n-gram (n up to 8). Witten and Bell (1991)."
+    if not 1 <= n <= 8: raise ValueError(f"n={n} must lie between 1 and 8: a context is kept in 64 bits")
     before, rest = (np.frombuffer("\n".join(t).encode(), np.uint8).astype(np.uint64) for t in (train, validation))
     if len(before) < n or not len(rest): raise ValueError("an n-gram needs text to count and text to score")
     p = np.full(len(rest), 1 / 256)
@@ -85,17 +103,16 @@ def encoded(text: str, tok: PreTrainedTokenizerFast) -> list[int]:
     return [tok.bos_token_id, *ids, tok.eos_token_id]
 
 
-@torch.no_grad()
 def likelihood(model: LM, items: Sequence[Example], batch: int = 32) -> np.ndarray:
     "Log-likelihood in nats of each example's asked tokens, read from left to right: (n,) float64."
+    must_be_causal(model)
     device, out = next(model.parameters()).device, []
     for i in range(0, len(items), batch):
         b = CLM().corrupt(collate(items[i:i + batch]), Noise()).to(device)
-        out.append((logp(model, b) * b.weights).double().sum(1).cpu())                 # (batch,)
+        with evaluating(model): out.append((logp(model, b) * b.weights).double().sum(1).cpu())  # (batch,)
     return torch.cat(out).numpy() if out else np.zeros(0)                              # (n,)
 
 
-@torch.no_grad()
 def pseudo_likelihood(model: LM, items: Sequence[Example], mask_id: int, batch: int = 32) -> np.ndarray:
     "Sum of the log-probabilities of each token given all others, in nats: (n,) float64. Salazar et al. (2020)."
     device, out = next(model.parameters()).device, []
@@ -106,7 +123,8 @@ def pseudo_likelihood(model: LM, items: Sequence[Example], mask_id: int, batch: 
         hit = torch.zeros_like(whole.ids, dtype=torch.bool)                            # (asked,T)
         hit[range(len(ask)), ask] = True
         b = hide(whole, hit, mask_id)
-        out.append(sum(float(logp(model, b[i:i + batch]).double().sum()) for i in range(0, len(ask), batch)))
+        parts = (b[i:i + batch] for i in range(0, len(ask), batch))
+        with evaluating(model): out.append(sum(float(logp(model, part).double().sum()) for part in parts))
     return np.array(out, float)                                                        # (n,)
 
 # %% ../nbs/0_core/08_evaluate.ipynb #choices
@@ -115,24 +133,53 @@ Score = Callable[[Sequence[Example]], np.ndarray]  # examples -> one number each
 
 def minimal_pairs(score: Score, tok: PreTrainedTokenizerFast, pairs: Sequence[tuple[str, str]]) -> np.ndarray:
     "For each (right, wrong) 1 if the right text scores higher; a tie is 0: (n,) float. Warstadt et al. (2020)."
-    texts = [Example(encoded(t, tok)) for pair in pairs for t in pair]
+    both = [encoded(t, tok) for pair in pairs for t in pair]
+    texts = [Example(ids, [False] + [True] * (len(ids) - 1)) for ids in both]
     right, wrong = np.asarray(score(texts)).reshape(-1, 2).T                           # (n,) (n,)
     return (right > wrong).astype(float)
 
 
 def choose(score: Score, tok: PreTrainedTokenizerFast, prompt: str, choices: Sequence[str], per_byte: bool = False
-           ) -> int:
-    "Which continuation of the prompt scores highest; `per_byte` divides by its length. -1 for a tie at the top."
+           ) -> int | None:
+    "Which continuation of the prompt scores highest; `per_byte` divides by its length. None for a tie at the top."
     start = encoded(prompt, tok)[:-1]
     ends = [encoded(c, tok)[1:-1] for c in choices]
     if not all(ends) or not ends: raise ValueError("every choice needs at least a token")
     s = np.asarray(score([Example(start + e, [False] * len(start) + [True] * len(e)) for e in ends]), float)
     if per_byte: s = s / [len(c.encode()) for c in choices]
     best = np.flatnonzero(s == s.max())
-    return int(best[0]) if len(best) == 1 else -1
+    return int(best[0]) if len(best) == 1 else None
 
 
 def exact_match(said: Sequence[str], right: Sequence[str]) -> np.ndarray:
     "1 where the texts agree but for case, punctuation, articles and spaces: (n,). Rajpurkar et al. (2016)."
     plain = lambda t: re.sub(r"\b(a|an|the)\b", " ", re.sub(r"[^\w\s]", "", t.lower())).split()
     return np.array([float(plain(a) == plain(b)) for a, b in zip(said, right, strict=True)])
+
+# %% ../nbs/0_core/08_evaluate.ipynb #held
+def held_loss(model: LM, objective: Objective, rows: Sequence[Example], batch: int = 16, noise: Noise | None = None
+              ) -> dict[str, float]:
+    "Each term of an objective's loss on examples, its sum over its count, with fixed noise; {} without examples."
+    sums, counts, device = Counter[str](), Counter[str](), next(model.parameters()).device
+    for i in range(0, len(rows), batch):
+        b = objective.corrupt(collate(rows[i:i + batch]), noise or Noise()).to(device)
+        with evaluating(model): sums.update({n: float(v) for n, v in objective.loss(model, b).items()})
+        counts.update({n: float(v) for n, v in objective.count(b).items()})  # type: ignore[arg-type]
+    return {n: sums[n] / max(1.0, counts[n]) for n in sums}
+
+# %% ../nbs/0_core/08_evaluate.ipynb #during
+class Evaluate(Callback):
+    "Add `f(model)`, named numbers, to `seen`: before the first step, every so many, and after the last."
+    def __init__(self, f: Callable[[LM], dict[str, float]], every: int, seen: History | None = None):
+        if every < 1: raise ValueError(f"every={every} must be at least 1")
+        self.f, self.every, self.seen = f, every, History() if seen is None else seen
+
+    def begin(self, trainer: Trainer) -> None:
+        if not trainer.done: self.look(trainer)
+
+    def after_step(self, trainer: Trainer) -> None:
+        if trainer.done % self.every == 0 or trainer.done == trainer.steps: self.look(trainer)
+
+    def look(self, trainer: Trainer) -> None:
+        "Ask the model once, on the first rank."
+        if trainer.accelerator.is_main_process: self.seen.add({"step": trainer.done, **self.f(trainer.model)})

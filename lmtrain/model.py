@@ -6,15 +6,20 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['Size', 'rotations', 'rotate', 'joined', 'Cache', 'Attention', 'MLP', 'Layer', 'LM', 'Transformer', 'moved',
-           'config_of', 'to_transformers', 'written', 'save', 'load', 'Pretrained', 'close', 'disobeys', 'obeys_mask']
+__all__ = ['Size', 'rotations', 'rotate', 'joined', 'Cache', 'Attention', 'MLP', 'Layer', 'LM', 'Transformer', 'with_heads',
+           'evaluating', 'moved', 'config_of', 'to_transformers', 'written', 'save', 'headed', 'load', 'Pretrained',
+           'close', 'disobeys', 'disobedience', 'obeys_mask']
 
 # %% ../nbs/0_core/03_model.ipynb #imports-2
+import copy
 import math
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import cast
 from uuid import uuid4
 
 # %% ../nbs/0_core/03_model.ipynb #imports-3
@@ -40,11 +45,14 @@ class Size:
     layers: int = 4
     hidden: int | None = None     # width of the feed-forward; None: 8/3 of dim, rounded up to 32
     length: int = 256             # longest row it is trained on
+    head_dim: int = 0             # width of a head; 0: dim / heads
     theta: float = 1e4            # base of the rotary angles
 
     def __post_init__(self):
-        if self.dim % self.heads or self.dim // self.heads % 2:
-            raise ValueError(f"dim={self.dim} must be heads={self.heads} times an even number")
+        if not self.head_dim:
+            if self.dim % self.heads: raise ValueError(f"dim={self.dim} must be a multiple of heads={self.heads}")
+            object.__setattr__(self, "head_dim", self.dim // self.heads)
+        if self.head_dim % 2: raise ValueError(f"heads={self.heads} of head_dim={self.head_dim}: it must be even")
         if self.heads % self.kv: raise ValueError(f"kv_heads={self.kv} must divide heads={self.heads}")
 
     @property
@@ -52,9 +60,6 @@ class Size:
 
     @property
     def ff(self) -> int: return self.hidden or math.ceil(self.dim * 8 / 3 / 32) * 32
-
-    @property
-    def head_dim(self) -> int: return self.dim // self.heads
 
 # %% ../nbs/0_core/03_model.ipynb #rope
 def rotations(pos: Tensor, head_dim: int, theta: float = 1e4) -> tuple[Tensor, Tensor]:
@@ -89,6 +94,8 @@ class Cache:
         "Which tokens, read before or now, each token of `b` may see: (B,1,T,S) bool; None if plainly causal."
         if self.columns is None: self.columns = b; return None if b.is_causal else b.sees[:, None]
         if "pos" not in b.extra: raise ValueError("a batch that goes on from a cache needs extra['pos']")
+        if (sees(self.columns, b) & (self.columns.doc > 0)[:, :, None]).any():
+            raise ValueError("a token read before may see one that comes now: read both at once, without a cache")
         self.columns = joined(self.columns, b)
         return sees(b, self.columns)[:, None]                                          # (B,1,T,S)
 
@@ -104,21 +111,21 @@ class Attention(nn.Module):
     def __init__(self, size: Size):
         super().__init__()
         D, hd = size.dim, size.head_dim
-        self.q_proj, self.o_proj = nn.Linear(D, D, bias=False), nn.Linear(D, D, bias=False)
+        self.q_proj = nn.Linear(D, size.heads * hd, bias=False)
+        self.o_proj = nn.Linear(size.heads * hd, D, bias=False)
         self.k_proj, self.v_proj = (nn.Linear(D, size.kv * hd, bias=False) for _ in range(2))
         self.q_norm, self.k_norm = nn.RMSNorm(hd, eps=1e-6), nn.RMSNorm(hd, eps=1e-6)
         self.head_dim, self.shared = hd, size.kv != size.heads
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: Cache | None = None
                 ) -> Tensor:  # (B,T,D)
-        B, T, D = x.shape
-        split = lambda y: y.view(B, T, y.shape[-1] // self.head_dim, self.head_dim)    # (B,T,H,hd)
+        split = lambda y: y.view(*y.shape[:2], y.shape[2] // self.head_dim, self.head_dim)  # (B,T,H,hd)
         q = rotate(self.q_norm(split(self.q_proj(x))).transpose(1, 2), *rope)          # (B,H,T,hd)
         k = rotate(self.k_norm(split(self.k_proj(x))).transpose(1, 2), *rope)          # (B,K,T,hd)
         v = split(self.v_proj(x)).transpose(1, 2)                                      # (B,K,T,hd)
         if cache is not None: k, v = cache.add(self, k, v)                             # (B,K,S,hd) (B,K,S,hd)
         y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=self.shared)
-        return self.o_proj(y.transpose(1, 2).reshape(B, T, D))                         # (B,T,D)
+        return self.o_proj(y.transpose(1, 2).flatten(2))                               # (B,T,D)
 
 # %% ../nbs/0_core/03_model.ipynb #mlp
 class MLP(nn.Module):
@@ -149,16 +156,18 @@ class Layer(nn.Module):
 class LM(nn.Module):
     "A language model: `forward(b)` gives hidden states (B,T,D), `head` scores the vocabulary (...,V)."
     head: nn.Module
+    dim: int             # D, the width of its hidden states
+    causal: bool = True  # may it write from left to right?
 
     def forward(self, b: Batch, cache: Cache | None = None) -> Tensor:  # (B,T,D)
         raise TypeError(f"{type(self).__name__} has no forward: an LM maps a Batch to hidden states (B,T,D)")
 
-
+# %% ../nbs/0_core/03_model.ipynb #transformer-class
 class Transformer(LM):
     "The Qwen3 architecture at any size, with attention as the batch says."
     def __init__(self, size: Size):
         super().__init__()
-        self.size = size
+        self.size, self.dim = size, size.dim
         self.embed_tokens = nn.Embedding(size.vocab, size.dim)
         self.layers = nn.ModuleList(Layer(size) for _ in range(size.layers))
         self.norm = nn.RMSNorm(size.dim, eps=1e-6)
@@ -176,16 +185,33 @@ class Transformer(LM):
         for layer in self.layers: x = layer(x, rope, mask, cache)
         return self.norm(x)                                                            # (B,T,D)
 
+# %% ../nbs/0_core/03_model.ipynb #with-heads
+def with_heads(lm: LM, **widths: int) -> LM:
+    "A view of a model that shares its weights and has more linear heads (D -> width), by name, in `heads`."
+    new = copy.copy(lm)
+    device, heads = next(lm.parameters()).device, dict(getattr(lm, "heads", {}))
+    for name, width in widths.items():
+        heads[name] = nn.Linear(lm.dim, width, device=device)
+        nn.init.normal_(heads[name].weight, std=0.02); nn.init.zeros_(heads[name].bias)
+    new._modules = {**lm._modules, "heads": nn.ModuleDict(heads)}
+    return new
+
 # %% ../nbs/0_core/03_model.ipynb #moved
-@torch.no_grad()
+@contextmanager
+def evaluating(*models: LM) -> Iterator[None]:
+    "Inside, the models are in evaluation mode and nothing is kept for gradients; after it, each is as it was."
+    before = [m.training for m in models]
+    for m in models: m.eval()
+    try:
+        with torch.no_grad(): yield
+    finally:
+        for m, training in zip(models, before, strict=True): m.train(training)
+
+
 def moved(model: LM, b: Batch, j: int) -> Tensor:
     "Which hidden states change when token `j` of every row is replaced: (B,T) bool."
-    was_training = model.training
-    model.eval()
     other = b.ids.clone(); other[:, j] = torch.where(other[:, j] > 0, other[:, j] - 1, 1)  # (B,T)
-    change = (model(b.set(ids=other)) - model(b)).abs().amax(-1)                       # (B,T)
-    model.train(was_training)
-    return change > 0
+    with evaluating(model): return (model(b.set(ids=other)) - model(b)).abs().amax(-1) > 0
 
 # %% ../nbs/0_core/03_model.ipynb #to-transformers
 def config_of(s: Size) -> Qwen3Config:
@@ -197,26 +223,31 @@ def config_of(s: Size) -> Qwen3Config:
         use_sliding_window=False)
 
 
-def to_transformers(model: Transformer) -> Qwen3ForCausalLM:
-    "The same weights as a `transformers.Qwen3ForCausalLM`."
+def to_transformers(model: LM) -> PreTrainedModel:
+    "The same weights as a `transformers.Qwen3ForCausalLM`; of a `Pretrained`, the model it holds."
+    if not isinstance(model, Transformer): return cast(PreTrainedModel, model.net)
     net = Qwen3ForCausalLM(config_of(model.size))
-    weights = {f"model.{k}": v for k, v in model.state_dict().items() if k != "head.weight"}
+    weights = {f"model.{k}": v for k, v in model.state_dict().items() if not k.startswith("head")}
     net.load_state_dict({**weights, "lm_head.weight": model.head.weight})
+    if not model.causal: net.config.is_causal = False
     return net.eval()
 
 # %% ../nbs/0_core/03_model.ipynb #save
-def written(model: Transformer, tok: PreTrainedTokenizerFast, path: Path) -> None:
-    "The files of a model in a folder that exists: configuration, tokenizer, weights."
-    net = to_transformers(model)
+def written(model: LM, tok: PreTrainedTokenizerFast, path: Path) -> None:
+    "The files of a model in a folder that exists: configuration, tokenizer, weights, extra heads."
+    net, heads = to_transformers(model), getattr(model, "heads", nn.ModuleDict())
     net.config.architectures = [type(net).__name__]
+    configs = [c for c in (net.config, getattr(net, "generation_config", None)) if c is not None]
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        for config in (net.config, net.generation_config): setattr(config, name, getattr(tok, name))
-    for part in (net.config, net.generation_config, tok): part.save_pretrained(path)
+        for config in configs: setattr(config, name, getattr(tok, name))
+    for part in (*configs, tok): part.save_pretrained(path)
+    if len(heads): save_file(heads.state_dict(), path / "heads.safetensors")
+    if not isinstance(model, Transformer): net.save_pretrained(path); return
     weights = {k: v.contiguous() for k, v in net.state_dict().items() if k != "lm_head.weight"}
     save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
 
 # %% ../nbs/0_core/03_model.ipynb #save-in-one-step
-def save(model: Transformer, tok: PreTrainedTokenizerFast, path: str | Path) -> Path:
+def save(model: LM, tok: PreTrainedTokenizerFast, path: str | Path) -> Path:
     "Write a directory that transformers opens, in one step. Raises OSError if it cannot, leaving the old one."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -234,37 +265,52 @@ def save(model: Transformer, tok: PreTrainedTokenizerFast, path: str | Path) -> 
     return path
 
 # %% ../nbs/0_core/03_model.ipynb #load
+def headed(model: LM, path: Path) -> LM:
+    "The model with the extra heads that were saved beside it, if there are any."
+    if not (path / "heads.safetensors").exists(): return model
+    weights = load_file(path / "heads.safetensors")
+    new = with_heads(model, **{k.removesuffix(".weight"): len(v) for k, v in weights.items() if v.ndim > 1})
+    cast(nn.Module, new.heads).load_state_dict(weights)
+    return new
+
+# %% ../nbs/0_core/03_model.ipynb #load-native
 def load(path: str | Path) -> tuple[Transformer, PreTrainedTokenizerFast]:
     """Open a directory written by `save` (or a Qwen3 directory with tied embeddings) as (model, tokenizer).
 
     Raises OSError if there is none, ValueError, by name, for what the native model would compute differently.
     """
     if not Path(path, "config.json").exists():
-        raise OSError(f"no model at {str(path)!r}: it has no config.json; give a directory that save(...) wrote")
+        raise OSError(f"no model at {str(path)!r}: it has no config.json; give a directory that save(...) wrote, or "
+                      "Pretrained(name) for a name on the hub")
     c = AutoConfig.from_pretrained(path)
-    if c.model_type != "qwen3" or not c.tie_word_embeddings or c.head_dim * c.num_attention_heads != c.hidden_size:
-        raise ValueError(f"{str(path)!r} is a {c.model_type} model of another shape; load opens tied qwen3 models")
+    if c.model_type != "qwen3" or not c.tie_word_embeddings:
+        tied = "" if c.tie_word_embeddings else " with a head of its own"
+        raise ValueError(f"{str(path)!r} is a {c.model_type} model{tied}; load opens qwen3 models whose head is the "
+                         "embedding, Pretrained many others")
     size = Size(c.vocab_size, c.hidden_size, c.num_attention_heads, c.num_key_value_heads, c.num_hidden_layers,
-                c.intermediate_size, c.max_position_embeddings, c.rope_parameters["rope_theta"])
+                c.intermediate_size, c.max_position_embeddings, c.head_dim, c.rope_parameters["rope_theta"])
     same = "rms_norm_eps hidden_act attention_bias rope_parameters layer_types".split()
     if wrong := [k for k in same if getattr(c, k) != getattr(config_of(size), k)]:
         raise ValueError(f"{str(path)!r} differs from the native model in {', '.join(wrong)}: load refuses it")
     model = Transformer(size)
-    files = [load_file(file) for file in sorted(Path(path).glob("*.safetensors"))]
+    files = [load_file(file) for file in sorted(Path(path).glob("model*.safetensors"))]
     weights = {k.removeprefix("model."): v for f in files for k, v in f.items() if k != "lm_head.weight"}
     model.load_state_dict({**weights, "head.weight": weights["embed_tokens.weight"]})
-    return model.eval(), load_tokenizer(str(path))
+    model.causal = getattr(c, "is_causal", True)
+    return cast(Transformer, headed(model, Path(path))).eval(), load_tokenizer(str(path))
 
 # %% ../nbs/0_core/03_model.ipynb #pretrained
 class Pretrained(LM):
     "A transformers model, or its name, under a batch's columns. Raises ValueError, by name, if it does not obey them."
-    def __init__(self, name_or_module: str | PreTrainedModel):
+    def __init__(self, name_or_module: str | Path | PreTrainedModel):
         super().__init__()
-        if isinstance(name_or_module, str):
+        if isinstance(name_or_module, str | Path):
             masked = "MaskedLM" in str(AutoConfig.from_pretrained(name_or_module).architectures)
             name_or_module = (AutoModelForMaskedLM if masked else AutoModelForCausalLM).from_pretrained(name_or_module)
         self.net: PreTrainedModel = name_or_module
-        self.vocab = self.net.config.get_text_config().vocab_size
+        config = self.net.config.get_text_config()
+        self.vocab, self.dim = config.vocab_size, config.hidden_size
+        self.causal = "MaskedLM" not in type(self.net).__name__ and getattr(config, "is_causal", True)
         if fault := disobeys(self):
             raise ValueError(f"{type(self.net).__name__} cannot run under a batch's mask: {fault}")
 
@@ -300,28 +346,30 @@ def close(a: Tensor, b: Tensor) -> bool:
     return bool((a - b).abs().max() <= 1e-3 * b.abs().max())
 
 
-@torch.no_grad()
 def disobeys(model: Pretrained, T: int = 16) -> str:
     "In what a model does not do as the columns say; empty if it obeys."
-    training, long = model.training, T + 2 * (getattr(model.net.config, "sliding_window", None) or 0)
+    try:
+        with evaluating(model): return disobedience(model, T)
+    except (TypeError, ValueError, RuntimeError, IndexError) as e: return f"it fails: {str(e).splitlines()[0][:120]}"
+
+
+def disobedience(model: Pretrained, T: int) -> str:
+    "The three questions."
+    long = T + 2 * (getattr(model.net.config, "sliding_window", None) or 0)
     dice = torch.Generator().manual_seed(0)
     row = lambda n: Example((5 + torch.randint(model.vocab - 5, (n,), generator=dice)).tolist())
     b, device = collate([row(T), row(T - 5)]), model.net.device
     both = collate([row(T // 2), row(T // 2)], T, pack=True).to(device)
-    try:
-        model.eval()
-        for order in (b.order, torch.zeros_like(b.order), (b.order - T // 2).clamp(min=0)):
-            c = b.set(order=order).to(device)
-            if any((moved(model, c, j) != c.sees[:, :, j])[c.doc > 0].any() for j in range(0, T - 5, 3)):
-                return "a token sees what the mask hides, or does not see what it shows"
-        own = collate([row(long)]).to(device)
-        h = model.net.base_model(input_ids=own.ids)[0]                                 # (1,long,D)
-        if not any(close(model(own.set(order=o)), h) for o in (own.order, torch.zeros_like(own.order))):
-            return "on its own pattern it gives other hidden states (a sliding window, or positions of its own)"
-        alone = model(collate([Example(both.ids[0, T // 2:].tolist())]).to(device))    # (1,T/2,D)
-        return "" if close(model(both)[:, T // 2:], alone) else "a packed document is not what it is alone"
-    except (TypeError, ValueError, RuntimeError, IndexError) as e: return f"it fails: {str(e).splitlines()[0][:120]}"
-    finally: model.train(training)
+    for order in (b.order, torch.zeros_like(b.order), (b.order - T // 2).clamp(min=0)):
+        c = b.set(order=order).to(device)
+        if any((moved(model, c, j) != c.sees[:, :, j])[c.doc > 0].any() for j in range(0, T - 5, 3)):
+            return "a token sees what the mask hides, or does not see what it shows"
+    own = collate([row(long)]).to(device)
+    h = model.net.base_model(input_ids=own.ids)[0]                                     # (1,long,D)
+    if not any(close(model(own.set(order=o)), h) for o in (own.order, torch.zeros_like(own.order))):
+        return "on its own pattern it gives other hidden states (a sliding window, or positions of its own)"
+    alone = model(collate([Example(both.ids[0, T // 2:].tolist())]).to(device))        # (1,T/2,D)
+    return "" if close(model(both)[:, T // 2:], alone) else "a packed document is not what it is alone"
 
 # %% ../nbs/0_core/03_model.ipynb #obeys-mask
 def obeys_mask(model: LM) -> bool:

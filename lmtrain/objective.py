@@ -19,7 +19,7 @@ from torch import Tensor
 
 # %% ../nbs/0_core/04_objective.ipynb #imports-4
 from .batch import Batch, Noise, starts
-from .model import LM
+from .model import LM, evaluating
 
 # %% ../nbs/0_core/04_objective.ipynb #shift
 def shift(b: Batch) -> Batch:
@@ -30,7 +30,8 @@ def shift(b: Batch) -> Batch:
 
 # %% ../nbs/0_core/04_objective.ipynb #hide
 def hide(b: Batch, hit: Tensor, mask_id: int) -> Batch:
-    "Replace the tokens where `hit` (B,T) by the mask, and ask for them."
+    "Replace the tokens where `hit` (B,T) by the mask, and ask for them. Who sees whom stays as it is; padding too."
+    hit = hit & (b.doc > 0)                                                            # (B,T)
     return b.set(ids=torch.where(hit, mask_id, b.ids), targets=b.clean, weights=hit.float())
 
 # %% ../nbs/0_core/04_objective.ipynb #nll
@@ -112,15 +113,12 @@ class annotated:
     def __init__(self, batches: Iterable[Batch], **models: LM):
         self.batches, self.models = batches, models
 
-    @torch.no_grad()
-    def _column(self, model: LM, b: Batch) -> Tensor:
-        was_training = model.training
-        model.eval()
-        try: return logp(model, b)                                                     # (B,T)
-        finally: model.train(was_training)
+    def columns(self, b: Batch) -> dict[str, Tensor]:
+        "What each model says of the batch: (B,T) each."
+        with evaluating(*self.models.values()): return {n: logp(m, b) for n, m in self.models.items()}
 
     def __iter__(self) -> Iterator[Batch]:
-        for b in self.batches: yield b.with_extra(**{n: self._column(m, b) for n, m in self.models.items()})
+        for b in self.batches: yield b.with_extra(**self.columns(b))
 
     def __len__(self) -> int: return len(self.batches)  # type: ignore[arg-type]
 

@@ -48,6 +48,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int = 4096) -> PreTrainedTokeniz
     Raises ValueError if `vocab_size` has no room for the bytes and the special tokens.
     """
     special = [*SPECIALS.values(), *ROLES]
+    if isinstance(texts, str): raise ValueError("give a list of texts, such as [text]: one string is a row of letters")
     if vocab_size < 256 + len(special):
         raise ValueError(f"vocab_size={vocab_size} is too small: {256 + len(special)} holds the bytes and specials")
     core = Tokenizer(models.BPE())
@@ -62,6 +63,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int = 4096) -> PreTrainedTokeniz
 def train_chars(texts: Iterable[str]) -> PreTrainedTokenizerFast:
     "A tokenizer with one token a character; a character unknown to `texts` becomes its UTF-8 bytes."
     special = [*SPECIALS.values(), *ROLES]
+    if isinstance(texts, str): raise ValueError("give a list of texts, such as [text]: one string is a row of letters")
     seen = sorted({c for t in texts for c in t})
     names = [*special, *(f"<0x{byte:02X}>" for byte in range(256)), *seen]
     core = Tokenizer(models.BPE({n: i for i, n in enumerate(names)}, [], byte_fallback=True))
@@ -109,6 +111,11 @@ class Rows(Sequence):
         answer = [False] * skip + [True] * (stop - start - skip)
         return Example(self.tokens[start:stop].tolist(), answer[:stop - start], index=i % len(self))
 
+    @property
+    def asked(self) -> np.ndarray:
+        "How many tokens of each row are asked: (rows,)."
+        return self.cuts[:, 1] - self.cuts[:, 0] - self.cuts[:, 2]
+
     def __repr__(self) -> str:
         return f"Rows({len(self):,} rows, {len(self.tokens):,} tokens, {self.nbytes:,} bytes of text)"
 
@@ -127,6 +134,7 @@ def examples(texts: Iterable[str], tok: PreTrainedTokenizerFast, T: int, overlap
 
     Raises ValueError if `T` leaves no room to go forward, or if there is no text.
     """
+    if isinstance(texts, str): raise ValueError("give a list of texts, such as [text]: one string is a row of letters")
     if not 0 < overlap < T: raise ValueError(f"overlap={overlap} must lie between 1 and T-1={T - 1}")
     kind = np.uint16 if len(tok) <= 2**16 else np.uint32
     cuts: list[tuple[int, int, int]] = []

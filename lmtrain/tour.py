@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['CSS', 'STAGES', 'write', 'Story', 'picture', 'reading', 'seconds_per_step', 'batches', 'earlier', 'planning', 'Look',
-           'continued', 'pretraining', 'curve', 'scoring', 'sample', 'known_words', 'longest_copy', 'writing',
+__all__ = ['CSS', 'STAGES', 'write', 'Story', 'picture', 'reading', 'seconds_per_step', 'batches', 'earlier', 'planning',
+           'glance', 'continued', 'pretraining', 'curve', 'scoring', 'sample', 'known_words', 'longest_copy', 'writing',
            'indented', 'keeping', 'tour']
 
 # %% ../nbs/8_tour/81_tour.ipynb #imports-2
@@ -16,7 +16,6 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from html import escape
 from pathlib import Path
-from typing import cast
 
 # %% ../nbs/8_tour/81_tour.ipynb #imports-3
 import torch
@@ -28,13 +27,14 @@ from transformers import PreTrainedTokenizerFast
 from .batch import Noise, collate
 from .checkpoint import Save, kept, resume
 from .corpora import catalogue, corpus, xz_bits
-from .evaluate import interval, ngram_bits, row_bits
-from .generate import generate
+from .evaluate import Evaluate, bits_interval, ngram_bits, row_bits
+from .generation import generate
 from .model import LM, Size, Transformer, save
 from .objective import CLM
 from .settings import Scale, scale
 from .text import Rows, examples, train_bpe
-from .train import Callback, History, Loader, Progress, Trainer, fitting_optimizer
+from .optim import fitting_optimizer
+from .train import History, Loader, Progress, Trainer
 from .views import paint, paint_loss
 
 # %% ../nbs/8_tour/81_tour.ipynb #story
@@ -140,23 +140,12 @@ def planning(s: Story) -> None:
           f"({s.total * pace / 60:.1f} minutes), {s.total * c.rows * c.length / len(s.rows.tokens):.1f} times over the "
           "text.")
 
-# %% ../nbs/8_tour/81_tour.ipynb #look
-class Look(Callback):
-    "Score the first rows of `held` a few times during training, for a curve: rows of `step` and `bits` in `seen`."
-    def __init__(self, held: Rows, seen: History, times: int = 8, rows: int = 32):
-        self.held, self.seen, self.times = Rows(held.tokens, held.cuts[:rows], held.nbytes), seen, times
-        self.bytes_per_token = held.nbytes / sum(c[1] - c[0] - c[2] for c in held.cuts)
-
-    def begin(self, trainer: Trainer) -> None:
-        if not trainer.done: self.look(trainer)
-
-    def after_step(self, trainer: Trainer) -> None:
-        if trainer.done % max(1, trainer.steps // self.times) == 0: self.look(trainer)
-
-    def look(self, trainer: Trainer) -> None:
-        asked = sum(c[1] - c[0] - c[2] for c in self.held.cuts)
-        bits = row_bits(cast(LM, trainer.task.model), self.held).sum() / asked / self.bytes_per_token
-        self.seen.add({"step": trainer.done, "bits": float(bits)})
+# %% ../nbs/8_tour/81_tour.ipynb #glance
+def glance(held: Rows, rows: int = 32) -> Callable[[LM], dict[str, float]]:
+    "A quick look for a curve: bits per byte of the first rows of a text."
+    few = Rows(held.tokens, held.cuts[:rows], held.nbytes)
+    size = held.nbytes * few.asked.sum() / held.asked.sum()
+    return lambda model: {"bits": float(row_bits(model, few).sum() / size)}
 
 
 def continued(path: Path, done: int) -> History:
@@ -174,7 +163,8 @@ def pretraining(s: Story) -> None:
     trainer = Trainer(s.model, CLM(), batches(s), s.scale.lr, s.total, optimizer=s.optimizer)
     done = resume(trainer, root, s.say)
     trainer.history, look = (continued(s.out / name, done) for name in ("history.jsonl", "looks.jsonl"))
-    trainer.callbacks = [Progress(per), Look(s.held, look), Save(root, every=max(20, s.total // 20))]
+    look_up = Evaluate(glance(s.held), max(1, s.total // 8), look)
+    trainer.callbacks = [Progress(per), look_up, Save(root, every=max(20, s.total // 20))]
     try: h = trainer.fit()
     except KeyboardInterrupt:
         s.say(f"Stopped after step {trainer.done:,}. The same command goes on from there.")
@@ -199,8 +189,7 @@ def curve(h: History, look: History, bytes_per_token: float):
 def scoring(s: Story) -> None:
     "Bits per byte of the held-out documents, beside xz and a 5-gram that read the same text."
     s.say("Scoring the held-out documents ...")
-    bits = row_bits(s.model, s.held)
-    mean, low, high = (v * len(bits) / s.held.nbytes for v in interval(bits))
+    mean, low, high = bits_interval(s.model, s.held)
     xz, five = xz_bits(s.train, s.validation), ngram_bits(s.train, s.validation)
     s.facts |= {"bits_per_byte": round(mean, 4), "interval": [round(low, 4), round(high, 4)], "xz": round(xz, 4),
                 "five_gram": round(five, 4)}

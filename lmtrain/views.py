@@ -6,20 +6,25 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['ROW', 'TOKEN', 'Picture', 'shown', 'span', 'block', 'paint', 'paint_loss', 'paint_sees', 'paint_trace']
+__all__ = ['ROW', 'TOKEN', 'Picture', 'shown', 'span', 'block', 'paint', 'paint_loss', 'paint_sees', 'paint_trace', 'asked_of',
+           'compare', 'control', 'Explore', 'explore', 'Watch']
 
 # %% ../nbs/0_core/09_views.ipynb #imports-2
 import math
+from collections.abc import Sequence
+from dataclasses import Field, fields, is_dataclass, replace
 from html import escape
 
 # %% ../nbs/0_core/09_views.ipynb #imports-3
+import ipywidgets as w
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 # %% ../nbs/0_core/09_views.ipynb #imports-4
-from .batch import Batch, Trace
-from .model import LM
-from .objective import logp
+from .batch import Batch, Noise, Trace
+from .model import LM, evaluating
+from .objective import Objective, logp
+from .train import Callback, Trainer
 
 # %% ../nbs/0_core/09_views.ipynb #picture
 ROW = "font:13px/2.1 ui-monospace,monospace;padding:.5em 0;overflow-wrap:anywhere"
@@ -64,6 +69,7 @@ def paint(b: Batch, tok: PreTrainedTokenizerFast, rows: int = 4) -> Picture:
             says = shown(int(b.targets[r, t]), tok)
             style = f"background:rgba({'230,120,0,.35' if changed else '0,114,178,.13'})"
             style += ";border-bottom:3px solid rgb(0,114,178)" if asked else ""
+            style += ";border-top:2px dashed rgb(213,94,0)" if changed else ""
             tip = f"asked: {says} (weight {float(b.weights[r, t]):g})" if asked else "not asked"
             parts += [f"<b>{int(b.doc[r, t])}:</b> "] * new + [span(shown(int(b.ids[r, t]), tok), tip, style)]
         out.append(block(parts, f"row {r}: {int((b.weights[r] != 0).sum())} of {len(parts)} tokens are asked"))
@@ -73,10 +79,8 @@ def paint(b: Batch, tok: PreTrainedTokenizerFast, rows: int = 4) -> Picture:
 def paint_loss(model: LM, b: Batch, tok: PreTrainedTokenizerFast, rows: int = 4) -> Picture:
     "The first rows of a batch with the bits that each asked target costs the model, written and coloured."
     b = b[:rows]
-    device, was_training = next(model.parameters()).device, model.training
-    model.eval()
-    cost = (-logp(model, b.to(device)).detach().cpu() / math.log(2)).clamp(min=0)      # (B,T)
-    model.train(was_training)
+    device = next(model.parameters()).device
+    with evaluating(model): cost = (-logp(model, b.to(device)).cpu() / math.log(2)).clamp(min=0)  # (B,T)
     return Picture("".join(_costs(b, cost, r, tok) for r in range(len(b))))
 
 
@@ -124,3 +128,84 @@ def paint_trace(trace: Trace, tok: PreTrainedTokenizerFast, rows: int = 4) -> Pi
             parts.append(span(shown(token, tok), tip, ground, str(when) if when else ""))
         out.append(block(parts, f"row {r}: {int((trace.when[r] > 0).sum())} tokens were written"))
     return Picture("".join(out))
+
+# %% ../nbs/0_core/09_views.ipynb #compare
+def asked_of(objective: Objective, base: Batch, noise: Noise, tok: PreTrainedTokenizerFast, rows: int = 1) -> Picture:
+    "What an objective makes of a batch, under its name; or what it has against the batch."
+    code = f"<code>{escape(repr(objective))}</code>"
+    try: b = objective.corrupt(base, noise)
+    except ValueError as e: return Picture(f"<div>{code}: {escape(str(e))}</div>")
+    asked, real = int((b.weights[:rows] != 0).sum()), int((b.doc[:rows] > 0).sum())
+    return Picture(f"<div>{code}: {asked} of {real} tokens asked{paint(b, tok, rows)}</div>")
+
+
+def compare(objectives: Sequence[Objective], base: Batch, tok: PreTrainedTokenizerFast, seed: int = 0,
+            rows: int = 1) -> Picture:
+    "Several objectives' questions about the same batch, with the same noise."
+    return Picture("".join(asked_of(o, base, Noise(seed), tok, rows) for o in objectives))
+
+# %% ../nbs/0_core/09_views.ipynb #control
+def control(name: str, kind: str, value):
+    "A widget for a field of an objective, or None for one that is not a number or a switch."
+    if kind == "bool": return w.Checkbox(value, description=name)
+    if kind == "float": return w.FloatSlider(value, min=0, max=max(1.0, 2 * value), step=0.01, description=name)
+    if kind == "int" and not name.endswith("_id"):
+        return w.IntSlider(value, min=0, max=max(8, 4 * value), description=name)
+    if kind != "float | None": return None
+    steps = [(f"{n / 20:.2f}", n / 20) for n in range(1, 21)]
+    return w.SelectionSlider(options=[("None", None), *steps], value=value, description=name)
+
+# %% ../nbs/0_core/09_views.ipynb #explore
+class Explore(w.VBox):
+    "Controls over a picture; `picture` is what they show now, and what a page without a kernel shows."
+    def __init__(self, objective: Objective, base: Batch, tok: PreTrainedTokenizerFast, noise: Noise, rows: int):
+        self.objective, self.base, self.tok, self.rows = objective, base, tok, rows
+        known: Sequence[Field] = fields(objective) if is_dataclass(objective) else ()
+        made = {f.name: control(f.name, str(f.type), getattr(objective, f.name)) for f in known}
+        self.controls = {name: c for name, c in made.items() if c is not None}
+        self.noise = [w.BoundedIntText(n, max=2**31, description=d) for n, d in
+                      ((noise.seed, "seed"), (noise.epoch, "epoch"))]
+        self.view = w.HTML()
+        super().__init__([w.HBox(self.noise), *self.controls.values(), self.view])
+        for c in (*self.noise, *self.controls.values()): c.observe(self.redraw, "value")
+        self.redraw()
+
+    @property
+    def picture(self) -> Picture:
+        chosen = {name: c.value for name, c in self.controls.items()}
+        objective = replace(self.objective, **chosen) if chosen else self.objective  # type: ignore[type-var]
+        return asked_of(objective, self.base, Noise(*(n.value for n in self.noise)), self.tok, self.rows)
+
+    def redraw(self, change=None) -> None: self.view.value = str(self.picture)
+
+    def _repr_mimebundle_(self, include=None, exclude=None):
+        return {**super()._repr_mimebundle_(include=include, exclude=exclude), "text/html": str(self.picture)}
+
+
+def explore(objective: Objective, base: Batch, tok: PreTrainedTokenizerFast, noise: Noise | None = None,
+            rows: int = 2) -> Explore:
+    "Sliders for an objective's fields and for the noise, over what it asks of the batch `base`."
+    return Explore(objective, base, tok, noise or Noise(), rows)
+
+# %% ../nbs/0_core/09_views.ipynb #watch
+class Watch(Callback):
+    "Draw every so many steps what the tokens of `b` cost; `pictures` keeps them as (step, picture)."
+    def __init__(self, b: Batch, tok: PreTrainedTokenizerFast, every: int = 50, rows: int = 1):
+        self.b, self.tok, self.every, self.rows = b, tok, every, rows
+        self.pictures: list[tuple[int, Picture]] = []
+
+    def begin(self, trainer: Trainer) -> None:
+        self.handle = None
+        self.draw(trainer)
+
+    def after_step(self, trainer: Trainer) -> None:
+        if trainer.done % self.every == 0: self.draw(trainer)
+
+    def draw(self, trainer: Trainer) -> None:
+        "One picture more, in the place of the last."
+        from IPython import display, get_ipython
+        picture = Picture(f"<div>step {trainer.done}</div>{paint_loss(trainer.model, self.b, self.tok, self.rows)}")
+        self.pictures.append((trainer.done, picture))
+        if get_ipython() is None or not trainer.accelerator.is_main_process: return
+        if self.handle is None: self.handle = display.display(picture, display_id=True)
+        else: self.handle.update(picture)

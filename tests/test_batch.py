@@ -493,8 +493,8 @@ def test_mix(h):
        st.integers(0, 9))
 def test_noise_in_javascript(seed, epoch, index, place, draw):
     "A token's number can be drawn again from five integers, outside PyTorch."
-    h = mix_js(mix_js(mix_js(seed & 0xFFFFFFFF) ^ epoch) ^ draw)
-    want = (mix_js(mix_js(index ^ h) ^ place) >> 8) / 2**24
+    h = mix_js(mix_js(mix_js(seed + 0x9E3779B9 & 0xFFFFFFFF) ^ epoch) ^ draw)
+    want = (mix_js(mix_js(index ^ h) ^ imul(place, 0x9E3779B1)) >> 8) / 2**24
     assert Noise(seed, epoch).at(torch.tensor([index]), torch.tensor([place]), draw).item() == want
 
 

@@ -17,7 +17,8 @@ from lmtrain.batch import Example
 from lmtrain.checkpoint import Save, kept, latest, load_state, restore, resume, save_state, trainer_state, verify
 from lmtrain.model import Size, Transformer
 from lmtrain.objective import CLM
-from lmtrain.train import Callback, Loader, Trainer, adamw, muon
+from lmtrain.optim import adamw, muon
+from lmtrain.train import Callback, Loader, Trainer
 
 
 class Stop(Callback):

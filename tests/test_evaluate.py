@@ -83,7 +83,7 @@ def test_choose(model, tok):
         sums.append(sum(float(q[t - 1, ids[t]]) for t in range(len(start), len(ids))))
     assert choose(score, tok, "the", options) == int(np.argmax(sums))
     assert choose(score, tok, "the", options, per_byte=True) == int(np.argmax([s / len(o) for s, o in zip(sums, options, strict=True)]))
-    assert choose(score, tok, "the", [" sea", " sea"]) == -1
+    assert choose(score, tok, "the", [" sea", " sea"]) is None
     with pytest.raises(ValueError, match="at least a token"): choose(score, tok, "the", ["", "a"])
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from lmtrain.batch import Example, collate
-from lmtrain.generate import blocks, confident, fill, generate, left_to_right, random_order
+from lmtrain.generation import blocks, confident, fill, generate, left_to_right, random_order
 from lmtrain.model import Cache, Size, Transformer, to_transformers
 
 
@@ -117,7 +117,8 @@ def test_greedy_is_as_sure_as_the_model():
     model, ids = model_of(), torch.tensor([[1, 0, 5, 0, 0, 7]])                        # (1,6)
     todo = ids == 0                                                                    # (1,6)
     b = collate([Example([1, 19, 5, 19, 19, 7])])
-    with torch.no_grad(): p = model.head(model(b.set(order=torch.zeros_like(ids))))[0].softmax(-1).amax(-1)  # (T,)
+    with torch.no_grad(): said = model.head(model(b.set(order=torch.zeros_like(ids))))[0]  # (T,V)
+    p = said[:, :19].softmax(-1).amax(-1)  # without the mask, which is never written: (T,)
     t = fill(model, ids, todo, 19, confident(1))
     first = int((t.when[0] == 1).nonzero())
     assert first == int(p.masked_fill(~todo[0], -1).argmax()) and abs(float(t.p[0, first] - p[first])) < 1e-5

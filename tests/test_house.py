@@ -93,13 +93,15 @@ def test_readme_is_the_index(tmp_path):
 def name_of(p: Path) -> str: return ".".join(p.relative_to(ROOT / "lmtrain").with_suffix("").parts)
 
 
-def heights() -> dict[str, int]:
-    """Module -> the number of its notebook. `settings` lies under all of them, what else is written by hand above; an
-    experiment's notebook has no number: it lies above every chapter and under `reproduce`, which is 80."""
-    out = {name_of(p): 99 for p in (ROOT / "lmtrain").rglob("*.py")} | {"settings": -1}
+def heights() -> dict[str, float]:
+    """Module -> the number of its notebook; of two with the same number the second in the listing lies .1 higher.
+    `settings` lies under all of them, what else is written by hand above; an experiment's notebook has no number: it
+    lies above every chapter and under `reproduce`, which is 80."""
+    out: dict[str, float] = {name_of(p): 99 for p in (ROOT / "lmtrain").rglob("*.py")} | {"settings": -1}
     for p, cells in CELLS.items():
         target = next((m[1] for c in cells if (m := re.match(r"#\| default_exp (\S+)", source(c)))), None)
-        if target: out[target] = int(p.name[:2]) if p.name[:2].isdigit() else 79
+        before = sum(q.name[:2] == p.name[:2] and q.name < p.name for q in CELLS)
+        if target: out[target] = int(p.name[:2]) + before / 10 if p.name[:2].isdigit() else 79
     return out
 
 
@@ -121,7 +123,7 @@ def imports(code: str, own: str, modules: Iterable[str]) -> set[str]:
     return found
 
 
-def arrows_up(code: str, own: str, height: dict[str, int]) -> set[str]:
+def arrows_up(code: str, own: str, height: dict[str, float]) -> set[str]:
     "What a module imports and should not: a module that is not below it, or an experiment, which is a leaf."
     found = imports(code, own, height)
     return {m for m in found if height[m] >= height[own] or m.startswith("experiments.")}
@@ -131,6 +133,7 @@ def test_imports_go_down():
     "No module imports one with a higher number; settings imports none; a folder's __init__ is empty."
     height = heights()
     assert (height["batch"], height["tour"], height["settings"], height["cli"]) == (0, 81, -1, 99)
+    assert (height["optim"], height["train"]) == (5, 5.1)
     for p in MODULES:
         if name_of(p) in height and height[name_of(p)] < 99: assert not arrows_up(p.read_text(), name_of(p), height), p
         if p.name == "__init__.py" and p.parent != ROOT / "lmtrain": assert not ast.parse(p.read_text()).body, p

@@ -54,7 +54,8 @@ def test_shift_asks_clean():
 def test_hide():
     "Hidden tokens read the mask and are asked for what they were; the others stay and are not asked."
     b = collate(ANSWERED)
-    hit = Noise()(b) < .3                                                              # (B,T)
+    assert not hide(b, b.doc == 0, 49).weights.any()  # padding is never asked
+    hit = (Noise()(b) < .3) & (b.doc > 0)                                              # (B,T)
     h = hide(b, hit, 49)
     assert torch.equal(h.ids, torch.where(hit, 49, b.ids)) and torch.equal(h.weights, hit.float())
     assert torch.equal(h.targets, b.clean) and torch.equal(h.clean, b.clean) and hit.any()

@@ -104,7 +104,7 @@ def test_it_trains_under_our_objectives():
 
 def test_a_qwen3_directory_trains_here_and_goes_back(tmp_path):
     "Made by transformers, opened here, trained, saved, opened there: the same logits, and the same text in a pipeline."
-    from lmtrain.generate import generate
+    from lmtrain.generation import generate
     from lmtrain.model import load, save
     from lmtrain.text import train_bpe
     tok = train_bpe(["the sea was calm and the ship was old "] * 30, 290)

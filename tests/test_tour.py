@@ -14,7 +14,7 @@ from lmtrain.batch import Example, Noise, collate
 from lmtrain.checkpoint import Save, kept
 from lmtrain.corpora import corpus
 from lmtrain.evaluate import bits_per_byte, interval, ngram_bits, row_bits
-from lmtrain.generate import distribution, generate
+from lmtrain.generation import distribution, generate
 from lmtrain.model import Size, Transformer
 from lmtrain.objective import CLM, hide, logp, shift
 from lmtrain.settings import Scale
@@ -112,7 +112,7 @@ def test_an_interrupted_tour_goes_on(papers, tmp_path, monkeypatch, story, fault
         if trainer.done == 7: raise fault
     request = {"data": str(papers), "steps": 12, "out": tmp_path, "sizes": TINY}
     with monkeypatch.context() as m:
-        m.setattr(module.Look, "after_step", stop)
+        m.setattr(module.Evaluate, "after_step", stop)
         m.setattr(module, "Save", lambda root, every: Save(root, every=5))
         with pytest.raises(fault): tour(**request, say=lambda _: None)
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000005"]
@@ -131,7 +131,7 @@ def test_another_request_starts_anew(papers, tmp_path, monkeypatch):
     "Checkpoints of another plan are not continued."
     def stop(self, trainer): raise Power
     with monkeypatch.context() as m:
-        m.setattr(module.Look, "look", lambda *_: None); m.setattr(module.Look, "after_step", stop)
+        m.setattr(module.Evaluate, "look", lambda *_: None); m.setattr(module.Evaluate, "after_step", stop)
         m.setattr(module, "Save", lambda root, every: Save(root, every=1))
         m.setattr(module.Progress, "after_step", lambda self, trainer: trainer.callbacks[2].after_step(trainer))
         with pytest.raises(Power): tour(str(papers), steps=12, out=tmp_path, sizes=TINY, say=lambda _: None)
@@ -267,9 +267,17 @@ def test_interval_covers():
     "Of 400 intervals at 90 % around the mean of 60 skewed values, 82 % to 96 % hold it (five standard errors of 1.5 %)."
     dice = np.random.default_rng(0)
     hits = sum(low <= 1 <= high for _, low, high in
-               (interval(dice.exponential(1, 60), .9, draws=400, seed=i) for i in range(400)))
+               (interval(dice.exponential(1, 60), level=.9, draws=400, seed=i) for i in range(400)))
     assert .82 <= hits / 400 <= .96
     with pytest.raises(ValueError): interval([])
+
+
+def test_interval_of_a_ratio():
+    "A cost of 2 a token in rows of any length has no spread; without the lengths, the negative control, it seems to."
+    sizes = np.random.default_rng(0).integers(1, 300, 40)
+    assert interval(2. * sizes, sizes) == (2, 2, 2)
+    _, low, high = interval(2. * sizes)
+    assert high - low > .3 * 2 * sizes.mean()
 
 
 # ---- views

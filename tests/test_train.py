@@ -15,8 +15,8 @@ import lmtrain.train
 from lmtrain.batch import Example, collate
 from lmtrain.model import Size, Transformer
 from lmtrain.objective import CLM, Objective, hide
-from lmtrain.train import (Callback, History, Loader, Muon, Progress, Task, Together, Trainer, adamw,
-                           fitting_optimizer, matrices, muon, numbered, orthogonal, warmup_decay)
+from lmtrain.optim import Muon, Together, adamw, fitting_optimizer, matrices, muon, orthogonal, warmup_decay
+from lmtrain.train import Callback, History, Loader, Progress, Task, Trainer, numbered
 
 V, MASK = 50, 49
 

@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['Pick', 'distribution', 'draw', 'left_to_right', 'confident', 'random_order', 'blocks', 'fill', 'start', 'next_token',
-           'generate']
+__all__ = ['Pick', 'Stop', 'check_knobs', 'distribution', 'chance', 'draw', 'left_to_right', 'confident', 'random_order',
+           'blocks', 'fill', 'start', 'next_token', 'until', 'continuation', 'generate']
 
 # %% ../nbs/0_core/07_generate.ipynb #imports-2
 from collections.abc import Callable, Sequence
@@ -16,26 +16,40 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 
 # %% ../nbs/0_core/07_generate.ipynb #imports-4
-from .batch import Batch, Example, Trace, collate
-from .model import LM, Cache, Transformer
+from .batch import Batch, Example, Noise, Trace, collate
+from .model import LM, Cache, Transformer, evaluating
 
 # %% ../nbs/0_core/07_generate.ipynb #choose
+def check_knobs(temperature: float, top_p: float = 1.0) -> None:
+    "Raises ValueError for a temperature below 0, or a share that keeps nothing."
+    if not temperature >= 0: raise ValueError(f"temperature={temperature} must be 0 or more")
+    if not 0 < top_p <= 1: raise ValueError(f"top_p={top_p} must be above 0 and at most 1")
+
+
 def distribution(logits: Tensor, temperature: float = 1.0, top_p: float = 1.0) -> Tensor:
     "Probabilities to draw from: (B,V) float64. Holtzman et al. (2020)."
     if temperature == 0: return torch.zeros_like(logits, dtype=torch.float64).scatter_(1, logits.argmax(1, True), 1.0)
     p = (logits.double() / temperature).softmax(1)                                     # (B,V)
     if top_p >= 1: return p
-    down, order = p.sort(dim=1, stable=True, descending=True)                            # (B,V) (B,V)
+    down, order = p.sort(dim=1, stable=True, descending=True)                          # (B,V) (B,V)
     down = down.masked_fill(down.cumsum(1) - down >= top_p, 0)                         # (B,V)
     return torch.zeros_like(p).scatter_(1, order, down / down.sum(1, keepdim=True))    # (B,V)
 
 # %% ../nbs/0_core/07_generate.ipynb #draw
-def draw(logits: Tensor, temperature: float, top_p: float, dice: torch.Generator) -> tuple[Tensor, Tensor]:
-    "A token for each row, and its probability: as drawn, or the model's own if the likeliest is taken. (B,) (B,)"
+def chance(noise: Noise, row: Tensor, place: Tensor, step: int) -> Tensor:
+    "A number in [0, 1) for each (row, place) of a step, fine enough for rare tokens: 48 bits, float64."
+    coarse, fine = (noise.at(row, place, 2 * step + k).double() for k in (0, 1))
+    return coarse + fine / 2**24
+
+
+def draw(logits: Tensor, temperature: float, top_p: float, u: Tensor) -> tuple[Tensor, Tensor]:
+    "For `u` (B,) a token each, and its probability: as drawn, or the model's own if the likeliest is taken. (B,) (B,)"
     q = distribution(logits, temperature, top_p)                                       # (B,V)
-    new = q.multinomial(1, generator=dice)                                             # (B,1)
+    upto = q.cumsum(1)                                                                 # (B,V)
+    new = (upto <= u[:, None] * upto[:, -1:]).sum(1, keepdim=True)                     # (B,1)
     return new[:, 0], (q if temperature else distribution(logits)).gather(1, new)[:, 0]
 
 # %% ../nbs/0_core/07_generate.ipynb #picks
@@ -57,10 +71,12 @@ def confident(k: int = 1) -> Pick:
 
 def random_order(seed: int = 0) -> Pick:
     "One empty place of each row, drawn blindly."
-    dice = torch.Generator().manual_seed(seed)
-    return lambda p, todo: confident(1)(torch.rand(todo.shape, generator=dice).to(todo.device), todo)
+    def pick(p: Tensor, todo: Tensor) -> Tensor:
+        row, place = (torch.arange(n, device=todo.device) for n in todo.shape)         # (B,) (T,)
+        return confident(1)(Noise(seed).at(row[:, None], place), todo)
+    return pick
 
-
+# %% ../nbs/0_core/07_generate.ipynb #picks-blocks
 def blocks(n: int, inner: Pick) -> Pick:
     "Blocks of `n` places from left to right, and `inner` inside a block. Arriola et al. (2025)."
     def pick(p: Tensor, todo: Tensor) -> Tensor:
@@ -70,24 +86,26 @@ def blocks(n: int, inner: Pick) -> Pick:
     return pick
 
 # %% ../nbs/0_core/07_generate.ipynb #fill
-@torch.no_grad()
 def fill(model: LM, ids: Tensor, todo: Tensor, mask_id: int, pick: Pick, temperature: float = 0.0,
          shifted: bool = False, seed: int = 0) -> Trace:
     """Write the places `todo` (B,T) of rows `ids` (B,T), in the order of `pick`; `shifted` for causal models.
 
-    Raises ValueError if a causal model is asked for a row's first token, or if `pick` chooses nothing.
+    A model that reads both sides never writes the mask. Raises ValueError if a causal model is asked for a row's first
+    token, or if `pick` chooses nothing.
     """
+    check_knobs(temperature)
     if shifted and todo[:, 0].any(): raise ValueError("a causal model cannot write the first token of a row")
     b = collate([Example(r) for r in ids.tolist()]).to(ids.device)
-    dice, todo, ids = torch.Generator().manual_seed(seed), todo.clone(), ids.masked_fill(todo, mask_id)
+    noise, todo, ids = Noise(seed), todo.clone(), ids.masked_fill(todo, mask_id)
     if not shifted: b = b.set(order=torch.zeros_like(ids))
     when, p, step = torch.zeros_like(ids), torch.ones(ids.shape, device=ids.device), 0  # (B,T) (B,T)
     while todo.any():
-        h = model(b.set(ids=ids))                                                      # (B,T,D)
-        if shifted: h = h.roll(1, 1)                                                   # (B,T,D)
-        new, sure = draw(model.head(h[todo]).cpu(), temperature, 1.0, dice)            # (N,) (N,)
+        step, (row, place) = step + 1, todo.nonzero(as_tuple=True)                     # (N,) (N,)
+        with evaluating(model): logits = model.head(model(b.set(ids=ids))[row, place - int(shifted)])  # (N,V)
+        if not shifted: logits[:, mask_id] = -torch.inf
+        new, sure = draw(logits, temperature, 1.0, chance(noise, row, place, step))    # (N,) (N,)
         says, sure = ids.masked_scatter(todo, new.to(ids)), p.masked_scatter(todo, sure.to(p))  # (B,T) (B,T)
-        now, step = pick(sure, todo) & todo, step + 1                                  # (B,T)
+        now = pick(sure, todo) & todo                                                  # (B,T)
         if not now.any(): raise ValueError("the pick chose no place to write")
         ids, p, when = torch.where(now, says, ids), torch.where(now, sure, p), when.masked_fill(now, step)
         todo = todo & ~now                                                             # (B,T)
@@ -96,6 +114,12 @@ def fill(model: LM, ids: Tensor, todo: Tensor, mask_id: int, pick: Pick, tempera
 # %% ../nbs/0_core/07_generate.ipynb #generate
 def start(model: Transformer, prompts: Sequence[Sequence[int]], max_new: int) -> Batch:
     "The prompts as a batch with positions. Raises ValueError for an empty one, or one too long for the model."
+    if not model.causal: raise ValueError("this model was trained with both sides in view and cannot write from left "
+                                          "to right: use fill(...), which writes in any order")
+    if not isinstance(model, Transformer):
+        raise TypeError(f"generate is for the native model: a {type(model).__name__} writes with fill(..., "
+                        "left_to_right, shifted=True), or with its own model.net.generate")
+    if any(isinstance(p, str) for p in prompts): raise ValueError("a prompt is a list of tokens: encode the text first")
     longest = max(map(len, prompts), default=0) + max_new
     if not prompts or not all(map(len, prompts)): raise ValueError("every prompt needs a token: begin with bos")
     if longest > model.size.length:
@@ -110,24 +134,56 @@ def next_token(b: Batch, new: Tensor, end: Tensor, going: Tensor) -> Batch:
     place = end[:, None].to(b.ids.device)                                              # (B,1)
     return one.set(order=place, doc=going[:, None].long().to(b.ids.device)).with_extra(pos=place)
 
+# %% ../nbs/0_core/07_generate.ipynb #until
+Stop = Callable[[list[int]], bool]  # the tokens that a row has written -> has it come to its end?
+
+
+def until(tok: PreTrainedTokenizerFast, *texts: str) -> Stop:
+    "True once one of the texts has been written."
+    last = max(len(t.encode()) for t in texts)             # a token stands for a byte at least
+    return lambda ids: any(t in str(tok.decode(ids[-last:])) for t in texts)
+
 # %% ../nbs/0_core/07_generate.ipynb #generate-cached
-@torch.no_grad()
-def generate(model: Transformer, prompts: Sequence[Sequence[int]], max_new: int, temperature: float = 1.0,
-             top_p: float = 1.0, eos: int | None = None, seed: int = 0) -> Trace:
-    "Continue each prompt by up to `max_new` tokens, or until `eos`; what lies behind a row's end has `when` -1."
+def continuation(model: Transformer, prompts: Sequence[Sequence[int]], names: Tensor, max_new: int, temperature: float,
+            top_p: float, ends: Stop, noise: Noise) -> Trace:
+    "One batch of `generate`; `names` (B,) are the rows' numbers among all prompts."
     b = start(model, prompts, max_new)
-    dice, cache, rows = torch.Generator().manual_seed(seed), Cache(), torch.arange(len(b))
+    cache, rows = Cache(), torch.arange(len(b))
+    ours = [list[int]() for _ in prompts]
     end = (b.doc > 0).sum(1).cpu()                                                     # (B,)
     tail = lambda c, fill: F.pad(c.cpu(), (0, max_new), value=fill)                    # (B,P+max_new)
     ids, when = tail(b.ids, 0), tail(torch.where(b.doc > 0, 0, -1), -1)                # (B,T) (B,T)
     p, going, last = tail((b.doc > 0).float(), 0.0), torch.ones(len(b), dtype=torch.bool), end - 1
     for step in range(1, max_new + 1):
         h = model(b, cache)[rows, last]                                                # (B,D)
-        new, sure = draw(model.head(h).cpu(), temperature, top_p, dice)                # (B,) (B,)
+        new, sure = draw(model.head(h).cpu(), temperature, top_p, chance(noise, names, end, step))  # (B,) (B,)
         at = rows[going], end[going]
         ids[at], when[at], p[at] = new[going], step, sure.float()[going]
         b, last = next_token(b, new, end, going), torch.zeros_like(last)
         end = end + going
-        if eos is not None: going = going & (new != eos)
+        for r in rows[going].tolist(): ours[r].append(int(new[r])); going[r] = not ends(ours[r])
         if not going.any(): break
+    return Trace(ids, when, p)
+
+# %% ../nbs/0_core/07_generate.ipynb #generate-all
+def generate(model: Transformer, prompts: Sequence[Sequence[int]], max_new: int, temperature: float = 1.0,
+             top_p: float = 1.0, eos: int | None = None, seed: int = 0, stop: Stop | None = None, rows: int = 64
+             ) -> Trace:
+    """Continue each prompt by up to `max_new` tokens, or until `eos` or `stop`, at most `rows` of them at a time.
+
+    What lies behind a row's end has `when` -1. Raises ValueError for a model that is not causal, an empty prompt, or
+    one that leaves no room.
+    """
+    check_knobs(temperature, top_p)
+    ends = lambda ids: ids[-1] == eos or stop is not None and stop(ids)
+    start(model, [max(prompts, key=len)] if prompts else [], max_new)
+    by_length = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
+    B, T = len(prompts), max(map(len, prompts)) + max_new
+    ids, when, p = torch.zeros(B, T, dtype=torch.long), torch.full((B, T), -1), torch.zeros(B, T)  # (B,T) each
+    for i in range(0, B, rows):
+        some = torch.tensor(by_length[i:i + rows])                                     # (B,)
+        now = [prompts[k] for k in some]
+        with evaluating(model): t = continuation(model, now, some, max_new, temperature, top_p, ends, Noise(seed))
+        width = t.ids.shape[1]
+        ids[some, :width], when[some, :width], p[some, :width] = t.ids, t.when, t.p
     return Trace(ids, when, p)
