@@ -9,7 +9,7 @@ ARGS ?=
 READY := $(VENV)/ready-$(shell cat pyproject.toml setup.py constraints.txt | cksum | tr ' ' '-')
 
 .DEFAULT_GOAL := help
-.PHONY: help tour test notebooks export lint readme clean
+.PHONY: help tour test bench notebooks export lint readme clean
 
 help: ## Show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -21,6 +21,10 @@ test: $(READY) ## Run all tests; ARGS="-k batch" for some of them
 	@echo "Running the tests ..."
 	@$(BIN)/python -m pytest $(ARGS)
 
+bench: $(READY) ## Measure speed beside transformers' Trainer, about an hour on a quiet machine
+	@$(BIN)/python -m benchmarks.speed --compile
+	@$(BIN)/python -m benchmarks.time_to_loss
+
 notebooks: $(READY) export ## Run the notebooks and keep their outputs
 	@$(BIN)/nbdev-test --n-workers 1 --save --do-print
 	@$(BIN)/nbdev-clean
@@ -30,7 +34,7 @@ export: $(READY) ## Write the notebooks' code to lmtrain/
 	@$(BIN)/nbdev-export
 
 lint: $(READY) ## Check style and types
-	@$(BIN)/ruff check lmtrain tests docs setup.py
+	@$(BIN)/ruff check lmtrain tests docs benchmarks setup.py
 	@$(BIN)/mypy
 
 readme: $(READY) ## Write README.md from nbs/index.ipynb

@@ -6,9 +6,9 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['Size', 'rotations', 'rotate', 'joined', 'Cache', 'Attention', 'MLP', 'Layer', 'LM', 'Transformer', 'with_heads',
-           'evaluating', 'moved', 'config_of', 'to_transformers', 'written', 'save', 'headed', 'load', 'Pretrained',
-           'close', 'disobeys', 'disobedience', 'obeys_mask']
+__all__ = ['Size', 'rotations', 'rotate', 'joined', 'Cache', 'attend', 'Attention', 'MLP', 'Layer', 'LM', 'Transformer',
+           'with_heads', 'evaluating', 'moved', 'config_of', 'to_transformers', 'written', 'save', 'headed', 'load',
+           'Pretrained', 'close', 'disobeys', 'disobedience', 'obeys_mask']
 
 # %% ../nbs/0_core/03_model.ipynb #imports-2
 import copy
@@ -45,34 +45,35 @@ class Size:
     layers: int = 4
     hidden: int | None = None     # width of the feed-forward; None: 8/3 of dim, rounded up to 32
     length: int = 256             # longest row it is trained on
-    head_dim: int = 0             # width of a head; 0: dim / heads
+    head: int | None = None       # width of a head; None: dim / heads
     theta: float = 1e4            # base of the rotary angles
 
     def __post_init__(self):
-        if not self.head_dim:
-            if self.dim % self.heads: raise ValueError(f"dim={self.dim} must be a multiple of heads={self.heads}")
-            object.__setattr__(self, "head_dim", self.dim // self.heads)
-        if self.head_dim % 2: raise ValueError(f"heads={self.heads} of head_dim={self.head_dim}: it must be even")
+        if not self.head and self.dim % self.heads or self.head_dim % 2:
+            raise ValueError(f"dim={self.dim} must be heads={self.heads} times an even number, or give an even head=")
         if self.heads % self.kv: raise ValueError(f"kv_heads={self.kv} must divide heads={self.heads}")
 
     @property
     def kv(self) -> int: return self.kv_heads or self.heads
 
     @property
+    def head_dim(self) -> int: return self.head or self.dim // self.heads
+
+    @property
     def ff(self) -> int: return self.hidden or math.ceil(self.dim * 8 / 3 / 32) * 32
 
 # %% ../nbs/0_core/03_model.ipynb #rope
 def rotations(pos: Tensor, head_dim: int, theta: float = 1e4) -> tuple[Tensor, Tensor]:
-    "Cosine and sine of each position's angles: two (B,1,T,head_dim). Su et al. (2021)."
+    "Cosine and signed sine of each position's angles: two (B,1,T,head_dim). Su et al. (2021)."
     speed = theta ** -(torch.arange(0, head_dim, 2, device=pos.device) / head_dim)     # (head_dim/2,)
-    angle = (pos[:, None, :, None].float() * speed).repeat(1, 1, 1, 2)                 # (B,1,T,head_dim)
-    return angle.cos(), angle.sin()
+    angle = pos[:, None, :, None].float() * speed                                      # (B,1,T,head_dim/2)
+    cos, sin = angle.cos(), angle.sin()                                                # (B,1,T,head_dim/2) each
+    return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    "Turn each pair (i, i + half) of the last dimension: (B,H,T,head_dim)."
-    a, b = x.chunk(2, -1)
-    return x * cos + torch.cat([-b, a], -1) * sin                                      # (B,H,T,head_dim)
+    "Turn each pair (i, i + half) of the last dimension by `rotations`: (B,H,T,head_dim)."
+    return x * cos + x.roll(x.shape[-1] // 2, -1) * sin                                # (B,H,T,head_dim)
 
 # %% ../nbs/0_core/03_model.ipynb #cache
 def joined(a: Batch, b: Batch) -> Batch:
@@ -105,6 +106,18 @@ class Cache:
         self.seen[layer] = k, v
         return k, v
 
+# %% ../nbs/0_core/03_model.ipynb #attend
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:  # (B,H,T,hd)
+    "Each query's mix of the values it may see; `mask` (B,1,T,S) bool, None is causal."
+    if q.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
+        shared = q.shape[1] != k.shape[1]
+        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=shared)
+    T, S, groups = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
+    k, v = (x.repeat_interleave(groups, 1) if groups > 1 else x for x in (k, v))       # (B,H,S,hd) each
+    if mask is None: mask = torch.ones(T, S, dtype=torch.bool).tril()                  # (T,S)
+    low = torch.zeros(mask.shape, dtype=torch.bfloat16).masked_fill_(~mask, -torch.inf)  # (B,1,T,S) or (T,S)
+    return (q @ k.mT * q.shape[-1] ** -0.5 + low).softmax(-1) @ v                      # (B,H,T,hd)
+
 # %% ../nbs/0_core/03_model.ipynb #attention
 class Attention(nn.Module):
     "Grouped-query attention with normalised queries and keys. Ainslie et al. (2023), Qwen3 (2025)."
@@ -115,17 +128,16 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(size.heads * hd, D, bias=False)
         self.k_proj, self.v_proj = (nn.Linear(D, size.kv * hd, bias=False) for _ in range(2))
         self.q_norm, self.k_norm = nn.RMSNorm(hd, eps=1e-6), nn.RMSNorm(hd, eps=1e-6)
-        self.head_dim, self.shared = hd, size.kv != size.heads
+        self.head_dim = hd
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: Cache | None = None
                 ) -> Tensor:  # (B,T,D)
         split = lambda y: y.view(*y.shape[:2], y.shape[2] // self.head_dim, self.head_dim)  # (B,T,H,hd)
-        q = rotate(self.q_norm(split(self.q_proj(x))).transpose(1, 2), *rope)          # (B,H,T,hd)
-        k = rotate(self.k_norm(split(self.k_proj(x))).transpose(1, 2), *rope)          # (B,K,T,hd)
+        q = rotate(self.q_norm(split(self.q_proj(x)).to(x.dtype)).transpose(1, 2), *rope)  # (B,H,T,hd)
+        k = rotate(self.k_norm(split(self.k_proj(x)).to(x.dtype)).transpose(1, 2), *rope)  # (B,K,T,hd)
         v = split(self.v_proj(x)).transpose(1, 2)                                      # (B,K,T,hd)
         if cache is not None: k, v = cache.add(self, k, v)                             # (B,K,S,hd) (B,K,S,hd)
-        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=self.shared)
-        return self.o_proj(y.transpose(1, 2).flatten(2))                               # (B,T,D)
+        return self.o_proj(attend(q, k, v, mask).transpose(1, 2).flatten(2))                               # (B,T,D)
 
 # %% ../nbs/0_core/03_model.ipynb #mlp
 class MLP(nn.Module):
@@ -287,8 +299,9 @@ def load(path: str | Path) -> tuple[Transformer, PreTrainedTokenizerFast]:
         tied = "" if c.tie_word_embeddings else " with a head of its own"
         raise ValueError(f"{str(path)!r} is a {c.model_type} model{tied}; load opens qwen3 models whose head is the "
                          "embedding, Pretrained many others")
+    head = None if c.head_dim * c.num_attention_heads == c.hidden_size else c.head_dim
     size = Size(c.vocab_size, c.hidden_size, c.num_attention_heads, c.num_key_value_heads, c.num_hidden_layers,
-                c.intermediate_size, c.max_position_embeddings, c.head_dim, c.rope_parameters["rope_theta"])
+                c.intermediate_size, c.max_position_embeddings, head, c.rope_parameters["rope_theta"])
     same = "rms_norm_eps hidden_act attention_bias rope_parameters layer_types".split()
     if wrong := [k for k in same if getattr(c, k) != getattr(config_of(size), k)]:
         raise ValueError(f"{str(path)!r} differs from the native model in {', '.join(wrong)}: load refuses it")

@@ -41,7 +41,7 @@ def adamw(task: nn.Module, lr: float, weight_decay: float = 0.1) -> torch.optim.
     "AdamW with betas (.9, .95); only matrices decay. Loshchilov and Hutter (2019)."
     inner, rest = matrices(task)
     groups = [{"params": inner, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=torch.cuda.is_available() or None)
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
 
 # %% ../nbs/0_core/05_optim.ipynb #muon
 def orthogonal(g: Tensor, rounds: int = 5) -> Tensor:
@@ -100,7 +100,7 @@ def muon(task: nn.Module, lr: float, weight_decay: float = 0.1) -> Together:
     "Muon for the matrices inside layers, AdamW for embeddings and gains, at the same learning rate."
     inner, rest = matrices(task)
     return Together(Muon(inner, lr, weight_decay=weight_decay),
-                    torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.95), weight_decay=0.0))
+                    torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True))
 
 
 def fitting_optimizer(model: nn.Module, tokens: int) -> Callable:

@@ -34,7 +34,7 @@ from .optim import fitting_optimizer
 from .settings import scale
 from .text import Rows, examples, load_tokenizer, train_bpe
 from .tour import continued
-from .train import History, Loader, Progress, Trainer, fitting_accelerator
+from .train import History, Loader, Progress, Trainer, fitting_accelerator, native_bf16
 
 # %% ../nbs/8_tour/82_run.ipynb #named
 def named(node: ast.expr) -> type:
@@ -174,7 +174,7 @@ def train(job: Job, out: str | Path, say: Callable[[str], object] = print) -> Hi
          f"{'es' * (accelerator.num_processes > 1)}.")
     loader = Loader(rows, objective, job.rows, job.length, pack=True, seed=job.seed, pad=tok.pad_token_id or 0)
     trainer = Trainer(model, objective, loader, job.lr, job.steps, job.window, accelerator=accelerator,
-                      optimizer=fitting_optimizer(model, job.rows * job.window * job.length))
+                      optimizer=fitting_optimizer(model, job.rows * job.window * job.length), bf16=native_bf16())
     finish(trainer, job, out, held, tok, tell)
     return trainer.history
 

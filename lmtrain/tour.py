@@ -34,7 +34,7 @@ from .objective import CLM
 from .settings import Scale, scale
 from .text import Rows, examples, train_bpe
 from .optim import fitting_optimizer
-from .train import History, Loader, Progress, Trainer
+from .train import History, Loader, Progress, Trainer, native_bf16
 from .views import paint, paint_loss
 
 # %% ../nbs/8_tour/81_tour.ipynb #story
@@ -67,6 +67,7 @@ class Story:
     # planning adds
     model: Transformer = field(init=False)
     optimizer: Callable = field(init=False)
+    bf16: bool = field(init=False)                          # matrix products in 16 bits?
     total: int = field(init=False)                          # steps that will be taken
     # pretraining adds
     before: list[str] = field(init=False)                   # what it wrote untrained
@@ -102,9 +103,11 @@ def reading(s: Story) -> None:
            f"the next one.</p>{paint(b, s.tok, 1)}")
 
 # %% ../nbs/8_tour/81_tour.ipynb #seconds-per-step
-def seconds_per_step(model: Transformer, batches: Loader, lr: float, optimizer: Callable, tries: int = 7) -> float:
+def seconds_per_step(model: Transformer, batches: Loader, lr: float, optimizer: Callable, bf16: bool = False,
+                     tries: int = 7) -> float:
     "The median time of a training step, measured on a copy of the model."
-    trainer = Trainer(copy.deepcopy(model), CLM(), [next(iter(batches))], lr, steps=tries + 2, optimizer=optimizer)
+    one = [next(iter(batches))]
+    trainer = Trainer(copy.deepcopy(model), CLM(), one, lr, steps=tries + 2, optimizer=optimizer, bf16=bf16)
     return statistics.median(trainer.fit()["seconds"][2:])
 
 
@@ -127,14 +130,15 @@ def planning(s: Story) -> None:
     torch.manual_seed(c.seed)
     s.model = Transformer(Size(len(s.tok), c.dim, c.heads, layers=c.layers, length=c.length))
     if torch.cuda.is_available(): s.model.cuda()
-    s.optimizer = fitting_optimizer(s.model, c.rows * c.length)
+    s.optimizer, s.bf16 = fitting_optimizer(s.model, c.rows * c.length), native_bf16()
     request = {"column": s.column, "minutes": s.minutes, "steps": s.steps, "scale": asdict(c), **s.facts}
     plan = earlier(s, request)
-    pace = plan.get("seconds_per_step") or seconds_per_step(s.model, batches(s), c.lr, s.optimizer)
+    s.bf16 = plan.get("bf16", s.bf16)
+    pace = plan.get("seconds_per_step") or seconds_per_step(s.model, batches(s), c.lr, s.optimizer, s.bf16)
     s.total = plan.get("steps") or s.steps or max(1, round(60 * (s.minutes or c.minutes) / pace))
     parameters = sum(p.numel() for p in s.model.parameters())
     s.facts |= {"steps": s.total, "seconds_per_step": round(pace, 4), "parameters": parameters,
-                "optimizer": s.optimizer.__name__, "scale": asdict(c)}
+                "optimizer": s.optimizer.__name__, "bf16": s.bf16, "scale": asdict(c)}
     if not plan: write(s.out / "plan.json", json.dumps({**s.facts, "request": request}, indent=2) + "\n")
     s.say(f"A model of {parameters / 1e6:.1f} million parameters; {pace * 1000:.0f} ms a step, so {s.total:,} steps "
           f"({s.total * pace / 60:.1f} minutes), {s.total * c.rows * c.length / len(s.rows.tokens):.1f} times over the "
@@ -160,7 +164,7 @@ def pretraining(s: Story) -> None:
     "Causal language modelling on the training documents, with the learning curve in the report."
     s.before = sample(s)
     per, root = s.rows.nbytes / len(s.rows.tokens), s.out / "checkpoints"
-    trainer = Trainer(s.model, CLM(), batches(s), s.scale.lr, s.total, optimizer=s.optimizer)
+    trainer = Trainer(s.model, CLM(), batches(s), s.scale.lr, s.total, optimizer=s.optimizer, bf16=s.bf16)
     done = resume(trainer, root, s.say)
     trainer.history, look = (continued(s.out / name, done) for name in ("history.jsonl", "looks.jsonl"))
     look_up = Evaluate(glance(s.held), max(1, s.total // 8), look)

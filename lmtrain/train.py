@@ -7,7 +7,7 @@ from __future__ import annotations
 
 # %% auto #0
 __all__ = ['Unit', 'BLOCK', 'Task', 'numbered', 'units', 'Bins', 'Loader', 'History', 'Callback', 'Progress', 'Steps',
-           'fitting_accelerator', 'check_accelerator', 'check_finite', 'check_objective', 'Trainer']
+           'fitting_accelerator', 'native_bf16', 'check_accelerator', 'check_finite', 'check_objective', 'Trainer']
 
 # %% ../nbs/0_core/05_train.ipynb #imports-2
 import json
@@ -38,14 +38,16 @@ from .optim import adamw, warmup_decay
 # %% ../nbs/0_core/05_train.ipynb #task
 class Task(nn.Module):
     "A model and an objective behind one door: `task(b)` is the loss's sums, `task(b, f)` is `f(model, b)`."
-    def __init__(self, model: LM, objective: Objective):
+    def __init__(self, model: LM, objective: Objective, bf16: bool = False):
         super().__init__()
-        self.model, self.objective = model, objective
+        self.model, self.objective, self.bf16 = model, objective, bf16
         for name, head in dict(getattr(model, "heads", {})).items():
             head.requires_grad_(name in objective.uses)
 
     def forward(self, b: Batch, f: Callable[[LM, Batch], Any] | None = None):
-        return (f or self.objective.loss)(self.model, b)
+        with torch.autocast(b.ids.device.type, torch.bfloat16, enabled=self.bf16 or torch.is_autocast_enabled(
+                b.ids.device.type)):
+            return (f or self.objective.loss)(self.model, b)
 
 # %% ../nbs/0_core/05_train.ipynb #units
 Unit = list[list[Example]]  # rows that stay together, each of one or more examples
@@ -287,9 +289,14 @@ class Steps:
 
 # %% ../nbs/0_core/05_train.ipynb #accelerators
 def fitting_accelerator() -> Accelerator:
-    "bf16 on CUDA; on CPUs as many processes as the launcher started, which accelerate must be told."
-    cuda, ranks = torch.cuda.is_available(), int(os.environ.get("WORLD_SIZE", 1))
-    return Accelerator(mixed_precision="bf16" if cuda else "no", cpu=ranks > 1 and not cuda)
+    "As many processes as the launcher started; on CPUs accelerate must be told."
+    return Accelerator(cpu=int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.cuda.is_available())
+
+
+def native_bf16() -> bool:
+    "True if this machine multiplies matrices in bf16 faster than in float32: CUDA, or a CPU with instructions for it."
+    asks = (getattr(torch.cpu, f"_is_{name}_supported", bool) for name in ("avx512_bf16", "amx_tile"))
+    return torch.cuda.is_available() or any(ask() for ask in asks)
 
 
 def check_accelerator(accelerator: Accelerator) -> None:
@@ -324,12 +331,12 @@ class Trainer(Steps):
     def __init__(self, model: LM, objective: Objective, batches: Iterable[Batch], lr: float = 1e-3, steps: int = 1000,
                  window: int = 1, optimizer: Callable = adamw, schedule: Callable[[int, int], float] = warmup_decay,
                  callbacks: Sequence[Callback] = (), accelerator: Accelerator | None = None, clip: float = 1.0,
-                 skips: int = 3, compile: bool = False, history: History | None = None):
+                 skips: int = 3, compile: bool = False, history: History | None = None, bf16: bool | None = None):
         self.accelerator = fitting_accelerator() if accelerator is None else accelerator
         check_accelerator(self.accelerator); check_objective(objective, batches)
         self.objective, self.batches, self.steps, self.window = objective, batches, steps, window
         self.schedule, self.callbacks, self.clip, self.skips = schedule, callbacks, clip, skips
-        task = self.accelerator.prepare(Task(model, objective))
+        task = self.accelerator.prepare(Task(model, objective, torch.cuda.is_available() if bf16 is None else bf16))
         self.task = torch.compile(task) if compile else task  # type: ignore[assignment]
         self.optimizer = optimizer(self.task, lr)
         for g in self.optimizer.param_groups: g["initial_lr"] = g["lr"]

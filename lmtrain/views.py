@@ -152,8 +152,7 @@ def control(name: str, kind: str, value):
     if kind == "int" and not name.endswith("_id"):
         return w.IntSlider(value, min=0, max=max(8, 4 * value), description=name)
     if kind != "float | None": return None
-    steps = [(f"{n / 20:.2f}", n / 20) for n in range(1, 21)]
-    return w.SelectionSlider(options=[("None", None), *steps], value=value, description=name)
+    return w.FloatSlider(value or 0, min=0, max=1, step=0.05, description=f"{name} (0: none)")
 
 # %% ../nbs/0_core/09_views.ipynb #explore
 class Explore(w.VBox):
@@ -172,7 +171,8 @@ class Explore(w.VBox):
 
     @property
     def picture(self) -> Picture:
-        chosen = {name: c.value for name, c in self.controls.items()}
+        none = {name for name, c in self.controls.items() if "none" in c.description and not c.value}
+        chosen = {name: None if name in none else c.value for name, c in self.controls.items()}
         objective = replace(self.objective, **chosen) if chosen else self.objective  # type: ignore[type-var]
         return asked_of(objective, self.base, Noise(*(n.value for n in self.noise)), self.tok, self.rows)
 
@@ -181,7 +181,7 @@ class Explore(w.VBox):
     def _repr_mimebundle_(self, include=None, exclude=None):
         return {**super()._repr_mimebundle_(include=include, exclude=exclude), "text/html": str(self.picture)}
 
-
+# %% ../nbs/0_core/09_views.ipynb #explore-function
 def explore(objective: Objective, base: Batch, tok: PreTrainedTokenizerFast, noise: Noise | None = None,
             rows: int = 2) -> Explore:
     "Sliders for an objective's fields and for the noise, over what it asks of the batch `base`."

@@ -12,7 +12,7 @@ def run(*words: str) -> subprocess.CompletedProcess:
 
 def test_ruff(tmp_path):
     "No fault of style in what is written by hand or exported; an unused import, the negative control, is seen."
-    done = run("ruff", "check", "lmtrain", "tests", "docs", "setup.py")
+    done = run("ruff", "check", "lmtrain", "tests", "docs", "benchmarks", "setup.py")
     assert done.returncode == 0, done.stdout
     (tmp_path / "bad.py").write_text("import os\n")
     assert "F401" in run("ruff", "check", "--config", "pyproject.toml", str(tmp_path)).stdout

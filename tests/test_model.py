@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3
 
 import lmtrain.model
 from lmtrain.batch import Example, Noise, collate
-from lmtrain.model import LM, Size, Transformer, load, moved, rotate, rotations, save, to_transformers
+from lmtrain.model import attend, LM, Size, Transformer, load, moved, rotate, rotations, save, to_transformers
 from lmtrain.objective import PrefixLM
 
 SIZES = {
@@ -323,3 +323,30 @@ def test_moved_keeps_the_mode():
     for mode in True, False:
         m.train(mode); moved(m, one(), 0)
         assert m.training == mode
+
+
+# ---- 16 bits on a CPU
+
+@pytest.mark.parametrize("kv", [1, 2])
+def test_attention_written_out(kv):
+    "Under autocast a CPU uses the formula: near the library's function for causal and masked rows, and as deaf to what is hidden."
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2, 2, 6, 8), torch.randn(2, kv, 6, 8), torch.randn(2, kv, 6, 8)  # (B,H,T,hd)
+    b = rows(2, 6)
+    mask = b.set(order=(b.order - 3).clamp(min=0)).sees[:, None]                       # (B,1,T,T)
+    for m in (None, mask):
+        exact = attend(q, k, v, m)                                                     # (B,H,T,hd)
+        with torch.autocast("cpu", torch.bfloat16): near = attend(q, k, v, m)          # (B,H,T,hd)
+        assert near.dtype == torch.bfloat16 and 0 < (near - exact).abs().max() < .05
+    model = Transformer(Size(60, 32, 2, kv_heads=kv, layers=2)).eval()
+    c = b.set(order=(b.order - 3).clamp(min=0))
+    with torch.autocast("cpu", torch.bfloat16):
+        for j in range(6): assert not (moved(model, c, j) & ~c.sees[:, :, j]).any()
+
+
+def test_attention_written_out_leaks_without_its_mask():
+    "Negative control of the test above: with the mask left out, a hidden token is felt."
+    b = rows(2, 6)
+    model = Transformer(Size(60, 32, 2, layers=2)).eval()
+    wide = b.set(order=torch.zeros_like(b.order))
+    with torch.autocast("cpu", torch.bfloat16): assert (moved(model, wide, 5) & ~b.sees[:, :, 5]).any()
