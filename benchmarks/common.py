@@ -5,17 +5,20 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # for both sides: a waiting thread gives its core to others soon
 
 import torch
+from accelerate.state import AcceleratorState
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, Qwen3ForCausalLM, TrainerCallback, TrainingArguments
 from transformers import Trainer as TheirTrainer
 
 from lmtrain.corpora import corpus
 from lmtrain.model import Size, Transformer, config_of
 from lmtrain.objective import CLM
+from lmtrain.optim import adamw, warmup_decay
 from lmtrain.text import Rows, examples, train_bpe
 from lmtrain.train import Callback, Loader, Trainer
 
@@ -65,12 +68,13 @@ def theirs(net: PreTrainedModel, rows: list[dict], steps: int, lr: float = 1e-3,
     return TheirTrainer(net, args, train_dataset=rows, callbacks=list(callbacks))
 
 
-def ours(model: Transformer, rows, steps: int, lr: float = 1e-3, optimizer: Callable | None = None, seed: int = 0,
+def ours(model: Transformer, rows, steps: int, lr: float = 1e-3, optimizer: Callable = adamw, warmup: float = 0.03, seed: int = 0,
          compile: bool = False, bf16: bool = False, callbacks: Iterable = ()) -> Trainer:
     "lmtrain's Trainer, by default with fused AdamW as well."
-    from lmtrain.optim import adamw
+    os.environ["ACCELERATE_MIXED_PRECISION"] = "no"  # the other side sets it for the whole process
+    AcceleratorState._reset_state(reset_partial_state=True)
     loader = Loader(rows, CLM(), ROWS, T, pack=True, seed=seed)
-    return Trainer(model, CLM(), loader, lr, steps, optimizer=optimizer or adamw, compile=compile, bf16=bf16, callbacks=list(callbacks))
+    return Trainer(model, CLM(), loader, lr, steps, optimizer=optimizer, schedule=partial(warmup_decay, warmup=warmup), compile=compile, bf16=bf16, callbacks=list(callbacks))
 
 
 def qwen3(size: Size, seed: int = 0) -> Qwen3ForCausalLM:
