@@ -212,10 +212,11 @@ RUN = """
 import sys, torch
 sys.path.insert(0, {tests!r})
 torch.set_num_threads(1)
-from test_checkpoint import new, Save, resume, weights, same, save_state
-t = new(Save({root!r}, every=1, keep=2), steps=40, window=1)
+from test_checkpoint import new, Callback, Save, resume, weights, same, save_state
+class Say(Callback):
+    def after_step(self, trainer): print("step", flush=True)
+t = new(Say(), Save({root!r}, every=1, keep=2), steps=80, window=1)
 resume(t, {root!r})
-print("ready", flush=True)
 t.fit()
 save_state({end!r}, end={{str(i): w for i, w in enumerate(weights(t))}})
 """
@@ -224,18 +225,18 @@ save_state({end!r}, end={{str(i): w for i, w in enumerate(weights(t))}})
 def test_killed_again_and_again(tmp_path):
     "SIGKILL at ten random moments, most of them while it writes: the same end, bit for bit."
     torch.set_num_threads(1)
-    want = new(steps=40, window=1); want.fit()
+    want = new(steps=80, window=1); want.fit()
     code = RUN.format(tests=os.path.dirname(__file__), root=str(tmp_path / "run"), end=str(tmp_path / "end"))
     dice, kills = random.Random(1), 0
     while not (tmp_path / "end").exists():
         p = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for line in p.stdout:
-            if "ready" in line: break
-        if kills < 10: time.sleep(dice.random() * .35); p.send_signal(signal.SIGKILL); kills += 1
+        if kills < 10:  # after one to three of 80 steps, somewhere in the writing of the last one
+            for _ in range(dice.randint(1, 3)): p.stdout.readline()
+            time.sleep(dice.random() * .01); p.send_signal(signal.SIGKILL); kills += 1
         _, err = p.communicate()
         assert p.returncode in (0, -signal.SIGKILL), err
         if kept(tmp_path / "run"): verify(kept(tmp_path / "run")[0])
-    assert kills >= 3
+    assert kills == 10
     end = load_state(tmp_path / "end")["end"]
     assert same(weights(want), [end[str(i)] for i in range(len(end))])
 
