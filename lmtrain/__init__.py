@@ -8,13 +8,17 @@ _names = {
     "text": "train_bpe train_chars load_tokenizer examples chat",
     "corpora": "catalogue corpus apis link_graph",
     "model": "Size LM Transformer Pretrained Cache with_heads load save obeys_mask to_transformers",
-    "objective": "Objective CLM PrefixLM shift hide nll logp annotated",
+    "objective": "Objective CLM PrefixLM shift hide nll logp annotated for_trainer",
     "optim": "adamw muon warmup_decay",
     "train": "Task Loader Trainer Callback Progress History",
     "checkpoint": "Save save_state load_state verify latest resume",
     "generation": "generate fill left_to_right confident random_order blocks until",
     "evaluate": "Evaluate bits_per_byte bits_interval held_loss likelihood pseudo_likelihood minimal_pairs choose "
                 "exact_match interval",
+    "objectives.masked": "MLM Spans Anneal RTD Electra words_of span_corrupt",
+    "objectives.mixed": "Mix Curriculum Parts by_token by_sequence by_gradient ul2 fim",
+    "objectives.diffusion": "Diffusion Uniform BlockDiffusion nelbo nelbo_bits linear cosine polynomial exact_k",
+    "objectives.samplers": "unmask ancestral first_hitting most_confident threshold semi_autoregressive",
     "views": "paint paint_loss paint_sees paint_trace compare explore Watch",
 }
 _where = {name: module for module, names in _names.items() for name in names.split()}

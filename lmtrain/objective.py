@@ -6,19 +6,22 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['shift', 'hide', 'nll', 'logp', 'Objective', 'CLM', 'before_answer', 'PrefixLM', 'annotated']
+__all__ = ['shift', 'hide', 'nll', 'logp', 'Objective', 'CLM', 'before_answer', 'PrefixLM', 'annotated', 'packed', 'unpacked',
+           'read_row', 'for_trainer']
 
 # %% ../nbs/0_core/04_objective.ipynb #imports-2
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import cast
 
 # %% ../nbs/0_core/04_objective.ipynb #imports-3
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 
 # %% ../nbs/0_core/04_objective.ipynb #imports-4
-from .batch import Batch, Noise, starts
+from .batch import Batch, Example, Noise, collate, starts
 from .model import LM, evaluating
 
 # %% ../nbs/0_core/04_objective.ipynb #shift
@@ -56,22 +59,32 @@ class Objective:
 
     `loss` returns SUMS, one for each named term, and `count` the denominators under the same names.
     """
-    uses: tuple[str, ...] = ()  # names of the extra heads it reads
+    uses: tuple[str, ...] = ()    # names of the extra heads it reads
+    forbid: tuple[int, ...] = ()  # tokens that are no possible answer
 
     @property
     def name(self) -> str: return type(self).__name__.lower()
+
+    @property
+    def plain(self) -> bool:
+        "Is the loss one weighted sum over one count?"
+        return type(self).loss is Objective.loss and type(self).count is Objective.count
 
     def corrupt(self, b: Batch, noise: Noise) -> Batch:
         "Ask the question: fill in `targets` and `weights`, perhaps change `ids` and `order`."
         return shift(b)
 
+    def counted(self, b: Batch) -> Tensor:
+        "The tokens that the loss is divided by: (B,T) bool. Usually those that are asked."
+        return b.weights != 0
+
     def count(self, b: Batch) -> dict[str, Tensor]:
         "Denominators of the terms, from the batch alone: scalars."
-        return {self.name: (b.weights != 0).sum()}
+        return {self.name: self.counted(b).sum()}
 
     def loss(self, model: LM, b: Batch) -> dict[str, Tensor]:
         "Weighted sums of the terms, in nats: scalars."
-        return {self.name: (b.weights.flatten()[b.asked] * nll(model, b)).sum()}
+        return {self.name: (b.weights.flatten()[b.asked] * nll(model, b, self.forbid)).sum()}
 
 # %% ../nbs/0_core/04_objective.ipynb #clm
 @dataclass
@@ -125,3 +138,54 @@ class annotated:
     def state_dict(self) -> dict: return self.batches.state_dict()  # type: ignore[attr-defined]
 
     def load_state_dict(self, state: dict) -> None: self.batches.load_state_dict(state)  # type: ignore[attr-defined]
+
+# %% ../nbs/0_core/04_objective.ipynb #for-trainer
+def packed(b: Batch, counted: Tensor) -> Tensor:
+    "Targets and the bits of their weights in one column, -100 where nothing counts: (B,T+1) long; the first is empty."
+    labels = b.weights.float().contiguous().view(torch.int32).long() << 32 | b.targets  # (B,T)
+    return F.pad(labels.masked_fill(~counted, -100), (1, 0), value=-100)
+
+
+def unpacked(labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    "What counts, the targets there, and their weights: (B,T) bool, (N,) long, (N,) float."
+    counted = labels[:, 1:] != -100                                                    # (B,T)
+    own = labels[:, 1:][counted]                                                       # (N,)
+    return counted, own & 0xFFFFFFFF, (own >> 32).int().view(torch.float32)
+
+
+def read_row(row: dict, n: int) -> Example:
+    "A row of a data set as an Example; `n` is its number if it has none."
+    real = [t for t, m in enumerate(row.get("attention_mask", [1] * len(row["input_ids"]))) if m]
+    known = {"input_ids", "attention_mask", "labels", "index"}
+    take = lambda column: [column[t] for t in real]
+    answer = [v != -100 for v in take(row["labels"])] if "labels" in row else None
+    facts = {k: take(v) for k, v in row.items() if k not in known}
+    return Example(take(list(row["input_ids"])), answer, facts, index=row.get("index", n))
+
+# %% ../nbs/0_core/04_objective.ipynb #for-trainer-class
+def for_trainer(objective: Objective, tok: PreTrainedTokenizerFast, dtype: torch.dtype = torch.float32
+                ) -> dict[str, Callable]:
+    """`data_collator` and `compute_loss_func` for `transformers.Trainer`; `dtype` is that of the model's weights.
+
+    Masks are drawn anew in each epoch from PyTorch's generator, which that trainer seeds. Raises ValueError for an
+    objective whose loss is not one weighted sum over one count.
+    """
+    if not objective.plain:
+        raise ValueError(f"{objective!r} has a loss or a count of its own: transformers' Trainer knows one sum over "
+                         "one number of tokens; train it with lmtrain's Trainer")
+    lowest = torch.finfo(dtype).min
+    def data_collator(features: list[dict]) -> dict[str, Tensor]:
+        first, epoch = (int(n) for n in torch.randint(2**31, (2,)))
+        b = collate([read_row(f, first + n) for n, f in enumerate(features)], pad=cast(int, tok.pad_token_id or 0))
+        b = objective.corrupt(b, Noise(0, epoch))
+        hidden = torch.zeros(b.sees.shape, dtype=dtype).masked_fill(~b.sees, lowest)   # (B,T,T)
+        return {"input_ids": b.ids, "attention_mask": hidden[:, None], "position_ids": b.pos,
+                "labels": packed(b, objective.counted(b))}
+
+    def compute_loss_func(outputs, labels: Tensor, num_items_in_batch=None) -> Tensor:
+        counted, targets, weights = unpacked(labels)
+        logits = outputs.logits[counted].float()                                       # (N,V)
+        logits[:, list(objective.forbid)] = -torch.inf
+        loss = (weights * F.cross_entropy(logits, targets, reduction="none")).nan_to_num(posinf=0).sum()
+        return loss / (counted.sum() if num_items_in_batch is None else num_items_in_batch)
+    return {"data_collator": data_collator, "compute_loss_func": compute_loss_func}

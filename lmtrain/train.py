@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['Unit', 'BLOCK', 'Task', 'numbered', 'units', 'Bins', 'Loader', 'History', 'Callback', 'Progress', 'Steps',
+__all__ = ['Unit', 'Change', 'BLOCK', 'Task', 'numbered', 'units', 'Bins', 'Loader', 'History', 'Callback', 'Progress', 'Steps',
            'fitting_accelerator', 'native_bf16', 'check_accelerator', 'check_finite', 'check_objective', 'Trainer']
 
 # %% ../nbs/0_core/05_train.ipynb #imports-2
@@ -51,6 +51,7 @@ class Task(nn.Module):
 
 # %% ../nbs/0_core/05_train.ipynb #units
 Unit = list[list[Example]]  # rows that stay together, each of one or more examples
+Change = Callable[[Example, Noise], Example]
 BLOCK = 1024                # items that are shuffled and packed together
 
 
@@ -72,8 +73,9 @@ def units(items: list[list[Example]], T: int, pack: bool) -> Iterator[tuple[Unit
 # %% ../nbs/0_core/05_train.ipynb #loader-core
 class Bins:
     "Bins of at most `rows` rows from shuffled items, epoch by epoch: the same for any number of ranks."
-    def __init__(self, items: Sequence | Iterable, rows: int, T: int, pack: bool = False, seed: int = 0):
-        self.items, self.rows, self.T, self.pack, self.seed = items, rows, T, pack, seed
+    def __init__(self, items: Sequence | Iterable, rows: int, T: int, pack: bool = False, seed: int = 0,
+                 change: Change | None = None):
+        self.items, self.rows, self.T, self.pack, self.seed, self.change = items, rows, T, pack, seed, change
 
     def blocks(self, epoch: int, skip: int) -> Iterator[list[list[Example]]]:
         "Blocks of shuffled items from block `skip` on; a stream is shuffled inside each block."
@@ -90,8 +92,9 @@ class Bins:
     def __call__(self, epoch: int, used: int) -> Iterator[tuple[list[Unit], int]]:
         "Bins of an epoch after `used` items, each with the items used up to and with it."
         bin: list[Unit] = []
-        at = used // BLOCK * BLOCK
+        at, noise = used // BLOCK * BLOCK, Noise(self.seed, epoch)
         for block in self.blocks(epoch, used // BLOCK):
+            if self.change: block = [[self.change(e, noise) for e in item] for item in block]
             for unit, n in units(block, self.T, self.pack):
                 if at < used: at += n; continue
                 if len(unit) > self.rows:
@@ -110,11 +113,13 @@ class Loader:
     """Batches for ever: shuffled, packed, sharded over ranks, corrupted; `state_dict` is its position.
 
     `items` is a sequence, or an iterable that can be started again, of Examples or lists of Examples that belong
-    together. Each batch has at most `rows` rows of `T` tokens. Raises ValueError if there is nothing to load.
+    together. Each batch has at most `rows` rows of `T` tokens. `change(example, noise)` makes another example of
+    each, anew in every epoch, before rows are made of them. Raises ValueError if there is nothing to load.
     """
     def __init__(self, items: Sequence | Iterable, objective: Objective, rows: int, T: int, pack: bool = False,
-                 seed: int = 0, pad: int = 0, rank: int | None = None, world: int | None = None, workers: int = 0):
-        self.bins, self.objective = Bins(items, rows, T, pack, seed), objective
+                 seed: int = 0, pad: int = 0, rank: int | None = None, world: int | None = None, workers: int = 0,
+                 change: Change | None = None):
+        self.bins, self.objective = Bins(items, rows, T, pack, seed, change), objective
         self.rank, self.world, self.workers = rank, world, workers
         self.T, self.seed, self.pad, self.epoch, self.used = T, seed, pad, 0, 0
 

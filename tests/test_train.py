@@ -4,7 +4,7 @@ import itertools
 import json
 import math
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from torch import nn
 
 import lmtrain.train
-from lmtrain.batch import Example, collate
+from lmtrain.batch import Example, Noise, collate
 from lmtrain.model import Size, Transformer
 from lmtrain.objective import CLM, Objective, hide
 from lmtrain.optim import Muon, Together, adamw, fitting_optimizer, matrices, muon, orthogonal, warmup_decay
@@ -180,12 +180,18 @@ def source(request, monkeypatch):
     return Stream() if request.param == "stream" else some(23)
 
 
-@pytest.mark.parametrize("pack", [False, True])
+def shortened(e, noise):
+    "An example cut at a place of its own, another in each epoch."
+    n = 1 + int(noise.at(torch.tensor(e.index), 0, 7) * len(e))
+    return replace(e, ids=e.ids[:n])
+
+
+@pytest.mark.parametrize("pack, change", [(False, None), (True, None), (True, shortened)])
 @pytest.mark.parametrize("world", [1, 2, 3])
-def test_ranks(source, pack, world):
+def test_ranks(source, pack, world, change):
     "The ranks' batches, put together in turn, are the batches of one; a rank left over takes part with none."
     T = 16 if pack else 9
-    def made(**more): return iter(Loader(source, Hidden(), 4, T, pack, seed=5, **more))
+    def made(**more): return iter(Loader(source, Hidden(), 4, T, pack, seed=5, change=change, **more))
     alone = epoch(made(rank=0, world=1))
     ranks = [take(made(rank=r, world=world), -(-len(alone) // world)) for r in range(world)]
     together = [b for turn in zip(*ranks, strict=True) for b in turn]
@@ -200,12 +206,12 @@ def test_control_ranks():
     assert first[0] & first[1]
 
 
-@pytest.mark.parametrize("pack", [False, True])
+@pytest.mark.parametrize("pack, change", [(False, None), (True, None), (True, shortened)])
 @pytest.mark.parametrize("world", [1, 2])
-def test_resume(source, pack, world):
+def test_resume(source, pack, world, change):
     "From the state at every step of two epochs the rest is the same, ids and noise."
     T = 16 if pack else 9
-    def made(): return Loader(source, Hidden(), 4, T, pack, seed=5, rank=world - 1, world=world)
+    def made(): return Loader(source, Hidden(), 4, T, pack, seed=5, rank=world - 1, world=world, change=change)
     n, l = 12, made()
     states, whole = [l.state_dict()], []
     for b in itertools.islice(l, n): whole.append(b); states.append(l.state_dict())
@@ -240,6 +246,21 @@ def test_workers(pack):
     again = loader(pack=pack, workers=2)
     again.load_state_dict(helped.state_dict())
     assert same(take(again, 3), take(alone, 3))
+
+
+@pytest.mark.parametrize("pack", [False, True])
+def test_change(pack):
+    "Each epoch holds what `change` makes of each example under that epoch's noise; a change made beforehand is static."
+    two = epoch(loader(pack=pack, change=shortened), 2)
+    def read(bs): return sorted(b.clean[r][b.index[r] == i].tolist() for b in bs for r in range(len(b))
+                                for i in b.index[r].unique().tolist() if i >= 0)
+    def wanted(e): return sorted(shortened(replace(x, index=n), Noise(5, e)).ids for n, x in enumerate(some(23)))
+    one = next(n for n in range(1, len(two)) if len(read(two[:n])) == 23)
+    assert read(two[:one]) == wanted(0) != wanted(1) == read(two[one:])
+    static = [shortened(replace(x, index=n), Noise(5, 0)) for n, x in enumerate(some(23))]
+    bs = epoch(Loader(static, Hidden(), 4, 16 if pack else 9, pack, seed=5), 2)
+    half = next(n for n in range(1, len(bs)) if len(read(bs[:n])) == 23)
+    assert read(bs[:half]) == read(bs[half:])
 
 
 def pairs(n=11): return [[Example([k, 1, 2]), Example([k, 3])] for k in range(n)]
