@@ -6,14 +6,16 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['Score', 'must_be_causal', 'row_bits', 'bits_per_byte', 'interval', 'bits_interval', 'grams', 'ngram_bits', 'encoded',
-           'likelihood', 'pseudo_likelihood', 'minimal_pairs', 'choose', 'exact_match', 'held_loss', 'Evaluate']
+__all__ = ['Score', 'T95', 'must_be_causal', 'row_bits', 'bits_per_byte', 'interval', 'bits_interval', 'grams', 'ngram_bits',
+           'encoded', 'likelihood', 'pseudo_likelihood', 'minimal_pairs', 'choose', 'exact_match', 'held_loss',
+           'Evaluate', 'Claim', 'Verdict', 'over_seeds', 'of_arm', 'versus']
 
 # %% ../nbs/0_core/08_evaluate.ipynb #imports-2
 import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import cast
 
 # %% ../nbs/0_core/08_evaluate.ipynb #imports-3
@@ -183,3 +185,46 @@ class Evaluate(Callback):
     def look(self, trainer: Trainer) -> None:
         "Ask the model once, on the first rank."
         if trainer.accelerator.is_main_process: self.seen.add({"step": trainer.done, **self.f(trainer.model)})
+
+# %% ../nbs/0_core/08_evaluate.ipynb #claims
+@dataclass(frozen=True)
+class Claim:
+    "What is claimed, where, what was reported there, and what was expected here before the first run."
+    text: str
+    source: str
+    reported: str
+    prediction: str
+
+
+@dataclass(frozen=True)
+class Verdict:
+    "What was found: is the claim supported, in which words, and which exact laws held?"
+    shown: bool
+    found: str
+    laws: dict[str, bool] = field(default_factory=dict)
+
+# %% ../nbs/0_core/08_evaluate.ipynb #seeds
+T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)  # of Student's t, 1 to 10 degrees
+
+
+def over_seeds(values: Sequence[float]) -> tuple[float, float, float]:
+    "Mean of a number over independent runs, and its 95 % interval; of a single run it is everything. Student (1908)."
+    x = np.asarray(values, float)
+    if not len(x): raise ValueError("an interval needs values")
+    if len(x) == 1: return float(x[0]), -math.inf, math.inf
+    half = T95[min(len(x) - 1, len(T95)) - 1] * x.std(ddof=1) / math.sqrt(len(x))
+    return float(x.mean()), float(x.mean() - half), float(x.mean() + half)
+
+
+def of_arm(rows: Sequence[dict], arm: str, name: str) -> list[float]:
+    "The number `name` of an arm, by seed. Raises ValueError if a seed has several, or none has any."
+    found = sorted((r["seed"], r[name]) for r in rows if r["arm"] == arm and name in r)
+    if not found or len({seed for seed, _ in found}) < len(found):
+        raise ValueError(f"arm {arm!r} must have one {name!r} a seed, not {len(found)}")
+    return [v for _, v in found]
+
+
+def versus(rows: Sequence[dict], arm: str, other: str, name: str) -> tuple[float, float, float]:
+    "By how much an arm is above another, seed by seed: mean and 95 % interval."
+    pairs = zip(of_arm(rows, arm, name), of_arm(rows, other, name), strict=True)
+    return over_seeds([a - b for a, b in pairs])

@@ -1,4 +1,5 @@
 """Likelihoods against transformers and enumeration; pairs, choices and matches by their definitions."""
+import math
 from functools import partial
 
 import numpy as np
@@ -6,7 +7,8 @@ import pytest
 import torch
 
 from lmtrain.batch import Example, collate
-from lmtrain.evaluate import choose, encoded, exact_match, likelihood, minimal_pairs, pseudo_likelihood
+from lmtrain.evaluate import choose, encoded, exact_match, likelihood, minimal_pairs, of_arm, over_seeds, \
+    pseudo_likelihood, versus
 from lmtrain.model import Size, Transformer, to_transformers
 from lmtrain.text import train_bpe
 
@@ -91,3 +93,28 @@ def test_exact_match():
     said = ["The  Sea!", "a sea", "seas", "12.", ""]
     assert exact_match(said, ["sea", "the sea", "sea", "12", "the"]).tolist() == [1, 1, 0, 1, 1]
     with pytest.raises(ValueError): exact_match(["a"], [])
+
+
+# ---- over seeds
+
+@pytest.mark.parametrize("n", range(2, 12))
+def test_over_seeds_is_students_t(n):
+    "Between the bounds lie 95 % of Student's density with n-1 degrees, to 1e-4; a normal's 1.96, the control, holds less."
+    x = np.random.default_rng(n).normal(size=n)
+    mean, low, high = over_seeds(x)
+    def inside(t):
+        at, v = np.linspace(-t, t, 200_001), n - 1
+        whole = math.sqrt(v * math.pi) * math.gamma(v / 2) / math.gamma((v + 1) / 2)
+        return np.trapezoid((1 + at**2 / v) ** (-(v + 1) / 2), at) / whole
+    error = x.std(ddof=1) / math.sqrt(n)
+    assert abs(mean - x.mean()) < 1e-12 and abs((high - mean) - (mean - low)) < 1e-12
+    assert abs(inside((high - mean) / error) - .95) < 1e-4 and inside(1.96) < .925
+
+
+def test_versus_pairs_by_seed():
+    "Arms are paired by seed whatever the order of the rows; two rows of a seed, and none, are refused."
+    rows = [{"arm": a, "seed": s, "bits": s + (a == "b") * .5} for s, a in [(2, "a"), (0, "b"), (1, "a"), (2, "b"), (1, "b"), (0, "a")]]
+    assert of_arm(rows, "b", "bits") == [.5, 1.5, 2.5] and versus(rows, "b", "a", "bits") == (.5, .5, .5)
+    assert over_seeds([3.]) == (3., -np.inf, np.inf)
+    for wrong in rows + rows[:1], []:
+        with pytest.raises(ValueError, match="one 'bits' a seed"): of_arm(wrong, "a", "bits")
