@@ -6,9 +6,9 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['Score', 'T95', 'must_be_causal', 'row_bits', 'bits_per_byte', 'interval', 'bits_interval', 'grams', 'ngram_bits',
-           'encoded', 'likelihood', 'pseudo_likelihood', 'minimal_pairs', 'choose', 'exact_match', 'held_loss',
-           'Evaluate', 'Claim', 'Verdict', 'over_seeds', 'of_arm', 'versus']
+__all__ = ['Score', 'ROUNDING', 'T95', 'must_be_causal', 'row_bits', 'bits_per_byte', 'interval', 'bits_interval', 'grams',
+           'ngram_bits', 'encoded', 'likelihood', 'pseudo_likelihood', 'minimal_pairs', 'choose', 'exact_match',
+           'held_loss', 'Evaluate', 'Claim', 'Verdict', 'over_seeds', 'of_arm', 'versus']
 
 # %% ../nbs/0_core/08_evaluate.ipynb #imports-2
 import math
@@ -131,6 +131,7 @@ def pseudo_likelihood(model: LM, items: Sequence[Example], mask_id: int, batch: 
 
 # %% ../nbs/0_core/08_evaluate.ipynb #choices
 Score = Callable[[Sequence[Example]], np.ndarray]  # examples -> one number each, the higher the better
+ROUNDING = 1e-5  # scores that are closer than this, relatively, are equal: 32-bit sums depend on the rows beside them
 
 
 def minimal_pairs(score: Score, tok: PreTrainedTokenizerFast, pairs: Sequence[tuple[str, str]]) -> np.ndarray:
@@ -138,7 +139,7 @@ def minimal_pairs(score: Score, tok: PreTrainedTokenizerFast, pairs: Sequence[tu
     both = [encoded(t, tok) for pair in pairs for t in pair]
     texts = [Example(ids, [False] + [True] * (len(ids) - 1)) for ids in both]
     right, wrong = np.asarray(score(texts)).reshape(-1, 2).T                           # (n,) (n,)
-    return (right > wrong).astype(float)
+    return ((right > wrong) & ~np.isclose(right, wrong, rtol=ROUNDING, atol=0)).astype(float)
 
 
 def choose(score: Score, tok: PreTrainedTokenizerFast, prompt: str, choices: Sequence[str], per_byte: bool = False
@@ -149,7 +150,7 @@ def choose(score: Score, tok: PreTrainedTokenizerFast, prompt: str, choices: Seq
     if not all(ends) or not ends: raise ValueError("every choice needs at least a token")
     s = np.asarray(score([Example(start + e, [False] * len(start) + [True] * len(e)) for e in ends]), float)
     if per_byte: s = s / [len(c.encode()) for c in choices]
-    best = np.flatnonzero(s == s.max())
+    best = np.flatnonzero(np.isclose(s, s.max(), rtol=ROUNDING, atol=0))
     return int(best[0]) if len(best) == 1 else None
 
 

@@ -71,6 +71,8 @@ def test_a_tie_is_not_right(tok):
     assert np.mean([s[0] >= s[1] for s in nothing(pairs * 2).reshape(-1, 2)]) == 1
     longer = lambda items: np.array([float(len(e)) for e in items])
     assert minimal_pairs(longer, tok, [("the sea was", "sea"), ("sea", "the sea was")]).tolist() == [1, 0]
+    barely = lambda items: -30 + np.arange(len(items), 0, -1) * 1e-6  # rounding: no sign of knowledge
+    assert minimal_pairs(barely, tok, pairs).sum() == 0 and choose(barely, tok, "the", [" sea", " was"]) is None
 
 
 def test_choose(model, tok):
