@@ -6,11 +6,11 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['SUMS', 'split', 'join', 'synced', 'sealed', 'sums', 'save_state', 'verify', 'load_state', 'places', 'kinds', 'dice',
-           'trainer_state', 'restore', 'kept', 'latest', 'resume', 'Save']
+__all__ = ['SUMS', 'split', 'join', 'synced', 'sealed', 'sums', 'write', 'save_state', 'verify', 'load_state', 'places', 'kinds',
+           'dice', 'trainer_state', 'restore', 'kept', 'latest', 'resume', 'Save']
 
 # %% ../nbs/0_core/06_checkpoint.ipynb #imports-2
-import hashlib, json, os, shutil, signal, sys, threading
+import hashlib, json, os, shutil, signal, sys, tempfile, threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -66,6 +66,14 @@ def sums(path: Path) -> str:
     "The lines of a folder's list, and the line that seals it."
     names = sorted(p.name for p in path.iterdir() if p.name != SUMS)
     return sealed("".join(f"{hashlib.sha256((path / n).read_bytes()).hexdigest()}  {n}\n" for n in names))
+
+# %% ../nbs/0_core/06_checkpoint.ipynb #write
+def write(path: Path, text: str) -> None:
+    "Write a file of text in one step: all of it or nothing."
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".making-") as folder:
+        (Path(folder) / path.name).write_text(text, encoding="utf-8", newline="")
+        os.replace(Path(folder) / path.name, path)
 
 # %% ../nbs/0_core/06_checkpoint.ipynb #save-state
 def save_state(path: str | Path, **objects: Any) -> Path:

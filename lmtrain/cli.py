@@ -1,4 +1,4 @@
-"The command line: `lmtrain tour`, `train`, `generate`, `evaluate`, `data`, `doctor`."
+"The command line: `lmtrain tour`, `train`, `reproduce`, `generate`, `evaluate`, `data`, `doctor`."
 # Heavy imports wait inside the commands, so that `lmtrain --help` answers at once. Every error is one line that says
 # what is wrong and what to do; `--debug` adds the traceback.
 from __future__ import annotations
@@ -68,6 +68,29 @@ def train(data: Annotated[str, typer.Option(help="A name of `lmtrain data list`,
     sys.path.insert(0, "")  # an objective of one's own lies in the folder one is in
     from .run import Job, train as run
     run(Job(objective, model, data, column, steps, rows, length, window, lr, seed), out)
+
+
+@app.command()
+def reproduce(wanted: Annotated[Optional[list[str]], typer.Argument(help="Names of experiments, as --list prints them."
+                                                                    )] = None,
+              every: Annotated[bool, typer.Option("--all", help="Run all experiments.")] = False,
+              listing: Annotated[bool, typer.Option("--list", help="Print the experiments and stop.")] = False,
+              seeds: Annotated[int, typer.Option(help="How many seeds each.")] = 3,
+              size: Annotated[float, typer.Option(help="Multiplies the numbers of steps.")] = 1.0,
+              out: Annotated[str, typer.Option(help="Where the runs and the page of results go.")] = "results",
+              budget: Annotated[Optional[float], typer.Option(help="Minutes; the stalest runs come first.")] = None,
+              again: Annotated[bool, typer.Option("--again", help="Make runs anew that are kept.")] = False,
+              as_json: Annotated[bool, typer.Option("--json", help="Print verdicts and rows as JSON.")] = False) -> None:
+    "Measure claims of papers again, and write the page of results."
+    _quick_on_cpu()
+    from .reproduce import experiment, names, reproduce as run, told
+    if listing:
+        for name in names(): print(f"{name:<12} {experiment(name).claim.text}\n{'':<12} {experiment(name).claim.source}")
+        return
+    if not (wanted or every): raise ValueError("name an experiment, or --all; lmtrain reproduce --list prints them")
+    chosen = names() if every else [n.replace("_", "-") for n in wanted or []]
+    run(chosen, seeds, size, out, budget, again, say=(lambda text: print(text, file=sys.stderr)) if as_json else print)
+    if as_json: print(told(chosen, out))
 
 
 @app.command()

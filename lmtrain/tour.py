@@ -6,12 +6,12 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['CSS', 'STAGES', 'write', 'Story', 'picture', 'reading', 'seconds_per_step', 'batches', 'earlier', 'planning',
-           'glance', 'continued', 'pretraining', 'curve', 'scoring', 'sample', 'known_words', 'longest_copy', 'writing',
+__all__ = ['CSS', 'STAGES', 'Story', 'picture', 'reading', 'seconds_per_step', 'batches', 'earlier', 'planning', 'glance',
+           'continued', 'pretraining', 'curve', 'scoring', 'sample', 'known_words', 'longest_copy', 'writing',
            'indented', 'keeping', 'tour']
 
 # %% ../nbs/8_tour/81_tour.ipynb #imports-2
-import base64, copy, io, json, math, os, re, shutil, statistics, tempfile
+import base64, copy, io, json, math, re, shutil, statistics
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from html import escape
@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerFast
 
 # %% ../nbs/8_tour/81_tour.ipynb #imports-5
 from .batch import Noise, collate
-from .checkpoint import Save, kept, resume
+from .checkpoint import Save, kept, resume, write
 from .corpora import catalogue, corpus, xz_bits
 from .evaluate import Evaluate, bits_interval, ngram_bits, row_bits
 from .generation import generate
@@ -36,14 +36,6 @@ from .text import Rows, examples, train_bpe
 from .optim import fitting_optimizer
 from .train import History, Loader, Progress, Trainer, native_bf16
 from .views import paint, paint_loss
-
-# %% ../nbs/8_tour/81_tour.ipynb #story
-def write(path: Path, text: str) -> None:
-    "Write a file in one step: all of it or nothing."
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".making-") as folder:
-        (Path(folder) / path.name).write_text(text, encoding="utf-8", newline="")
-        os.replace(Path(folder) / path.name, path)
 
 # %% ../nbs/8_tour/81_tour.ipynb #story-class
 @dataclass
