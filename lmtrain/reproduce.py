@@ -64,7 +64,7 @@ class Record:
         "Is this what a run of today's code at this size would be?"
         return (self.code, self.size, self.lmtrain) == (code_of(self.experiment), size, __version__)
 
-
+# %% ../nbs/8_tour/80_reproduce.ipynb #measure
 def place(out: Path, name: str, seed: int) -> Path: return out / name / f"seed-{seed}.json"
 
 
@@ -98,8 +98,8 @@ def due(wanted: Sequence[str], seeds: int, size: float, out: Path, again: bool =
 
 def of_all(name: str, out: Path) -> list[Record]:
     "The runs of an experiment that are kept and belong together: of one code and one size."
-    some = [record_of(out, name, int(p.stem[5:])) for p in sorted((out / name).glob("seed-*.json")) if p.stem[5:].isdigit()]
-    there = [r for r in some if r is not None]
+    numbers = [p.stem.removeprefix("seed-") for p in (out / name).glob("seed-*.json")]
+    there = [r for n in numbers if n.isdigit() and (r := record_of(out, name, int(n)))]
     if not there: return []
     now = [r for r in there if r.code == code_of(name)] or there
     size = max(r.size for r in now)
@@ -121,7 +121,7 @@ million parameters, trained for a minute. It does not mean that the paper is wro
 `lmtrain reproduce --all` makes this page again.
 """
 
-
+# %% ../nbs/8_tour/80_reproduce.ipynb #section
 def section(name: str, records: Sequence[Record], out: Path) -> str:
     "One experiment on the page, with its plot beside it as `NAME.svg`."
     import matplotlib.pyplot as plt
@@ -139,7 +139,7 @@ def section(name: str, records: Sequence[Record], out: Path) -> str:
             f"torch {first.torch}, code {first.code}. The rows are in [{name}](./{name}); `lmtrain reproduce {name}` "
             "makes them.\n")
 
-
+# %% ../nbs/8_tour/80_reproduce.ipynb #page-whole
 def page(out: Path) -> dict[str, Verdict]:
     "Write README.md and the plots from all runs that are kept in `out`; the verdicts, by name."
     found = {name: some for name in names() if (some := of_all(name, out))}
@@ -161,7 +161,7 @@ def attempt(name: str, seed: int, size: float, out: Path, say: Callable[[str], o
         return f"{name}, seed {seed} ({e})"
     return ""
 
-
+# %% ../nbs/8_tour/80_reproduce.ipynb #reproduce-all
 def reproduce(wanted: Sequence[str], seeds: int = 3, size: float = 1.0, out: str | Path = "results",
               budget: float | None = None, again: bool = False, say: Callable[[str], object] = print
               ) -> dict[str, Verdict]:
@@ -173,7 +173,8 @@ def reproduce(wanted: Sequence[str], seeds: int = 3, size: float = 1.0, out: str
     for name in wanted: experiment(name)
     out, began, wrong, left = Path(out), time.perf_counter(), [], 0
     for name, seed in due(wanted, seeds, size, out, again):
-        expected = max([r.seconds for k in range(seeds) if (r := record_of(out, name, k)) and r.size == size], default=0.0)
+        before = [r.seconds for k in range(seeds) if (r := record_of(out, name, k)) and r.size == size]
+        expected = max(before, default=0.0)
         if budget is not None and time.perf_counter() - began + expected > 60 * budget: left += 1; continue
         if failed := attempt(name, seed, size, out, say): wrong.append(failed)
     verdicts = page(out)
@@ -189,5 +190,5 @@ def reproduce(wanted: Sequence[str], seeds: int = 3, size: float = 1.0, out: str
 def told(wanted: Sequence[str], out: str | Path) -> str:
     "Verdicts and rows of what is kept, as JSON."
     found = {n: seeded(of_all(n, Path(out))) for n in wanted}
-    return json.dumps({n: {"verdict": asdict(experiment(n).verdict(rows)), "rows": rows} for n, rows in found.items() if rows},
-                      ensure_ascii=False, indent=1)
+    both = {n: {"verdict": asdict(experiment(n).verdict(rows)), "rows": rows} for n, rows in found.items() if rows}
+    return json.dumps(both, ensure_ascii=False, indent=1)

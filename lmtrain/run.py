@@ -14,7 +14,6 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, Field, asdict, dataclass, fields, is_dataclass
 from importlib import import_module
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ from .model import LM, Pretrained, Size, Transformer, load, save, to_transformer
 from .objective import Objective
 from .optim import fitting_optimizer
 from .settings import scale
-from .text import Rows, examples, load_tokenizer, train_bpe
+from .text import Rows, examples, load_tokenizer, ordinary, train_bpe
 from .tour import continued
 from .train import History, Loader, Progress, Trainer, fitting_accelerator, native_bf16
 
@@ -51,9 +50,7 @@ def named(node: ast.expr) -> type:
 def from_tokenizer(name: str, tok: PreTrainedTokenizerFast) -> Any:
     "What the tokenizer says of a field: `mask_id` and the like, or the longest range of `ordinary` tokens."
     if name.endswith("_id"): return getattr(tok, f"{name.removesuffix('_id')}_token_id", None)
-    if name != "ordinary": return None
-    edges = [-1, *sorted(tok.all_special_ids), len(tok)]
-    return max((range(a + 1, z) for a, z in pairwise(edges)), key=len)
+    return ordinary(tok) if name == "ordinary" else None
 
 # %% ../nbs/8_tour/82_run.ipynb #read
 def read(text: str, tok: PreTrainedTokenizerFast | None = None) -> Any:

@@ -6,13 +6,13 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['SPECIALS', 'ROLES', 'TEMPLATE', 'train_bpe', 'train_chars', 'load_tokenizer', 'cut', 'Rows', 'encode', 'examples',
-           'chat']
+__all__ = ['SPECIALS', 'ROLES', 'TEMPLATE', 'train_bpe', 'train_chars', 'load_tokenizer', 'ordinary', 'cut', 'Rows', 'encode',
+           'examples', 'chat']
 
 # %% ../nbs/0_core/01_text.ipynb #imports-2
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
+from itertools import islice, pairwise
 from typing import cast
 
 # %% ../nbs/0_core/01_text.ipynb #imports-3
@@ -86,6 +86,12 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerFast:
         lacking["pad_token"] = SPECIALS["pad_token"]
     if lacking: tok.add_special_tokens(lacking)
     return cast(PreTrainedTokenizerFast, tok)
+
+# %% ../nbs/0_core/01_text.ipynb #ordinary
+def ordinary(tok: PreTrainedTokenizerFast) -> range:
+    "The longest run of token numbers without a special token among them."
+    edges = [-1, *sorted(tok.all_special_ids), len(tok)]
+    return max((range(a + 1, z) for a, z in pairwise(edges)), key=len)
 
 # %% ../nbs/0_core/01_text.ipynb #cut
 def cut(n: int, T: int, overlap: int = 1) -> list[tuple[int, int, int]]:

@@ -6,14 +6,14 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['CSS', 'STAGES', 'Story', 'picture', 'reading', 'seconds_per_step', 'batches', 'earlier', 'planning', 'glance',
-           'continued', 'pretraining', 'curve', 'scoring', 'sample', 'known_words', 'longest_copy', 'writing',
-           'indented', 'keeping', 'tour']
+__all__ = ['CSS', 'STAGES', 'Story', 'picture', 'reading', 'seconds_per_step', 'batches', 'earlier', 'planning', 'beginning',
+           'glance', 'continued', 'pretraining', 'curve', 'scoring', 'sample', 'known_words', 'longest_copy', 'writing',
+           'indented', 'asking', 'mark', 'asked_table', 'keeping', 'tour']
 
 # %% ../nbs/8_tour/81_tour.ipynb #imports-2
 import base64, copy, io, json, math, re, shutil, statistics
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from html import escape
 from pathlib import Path
 
@@ -27,15 +27,16 @@ from transformers import PreTrainedTokenizerFast
 from .batch import Noise, collate
 from .checkpoint import Save, kept, resume, write
 from .corpora import catalogue, corpus, xz_bits
-from .evaluate import Evaluate, bits_interval, ngram_bits, row_bits
+from .evaluate import Evaluate, bits_interval, bits_per_byte, ngram_bits
 from .generation import generate
 from .model import LM, Size, Transformer, save
 from .objective import CLM
+from .objectives.ways import continues, examined, taught, ways
 from .settings import Scale, scale
 from .text import Rows, examples, train_bpe
 from .optim import fitting_optimizer
 from .train import History, Loader, Progress, Trainer, native_bf16
-from .views import paint, paint_loss
+from .views import compare, paint, paint_loss
 
 # %% ../nbs/8_tour/81_tour.ipynb #story-class
 @dataclass
@@ -137,11 +138,16 @@ def planning(s: Story) -> None:
           "text.")
 
 # %% ../nbs/8_tour/81_tour.ipynb #glance
-def glance(held: Rows, rows: int = 32) -> Callable[[LM], dict[str, float]]:
-    "A quick look for a curve: bits per byte of the first rows of a text."
+def beginning(held: Rows, rows: int) -> Rows:
+    "The first rows of a text, with the share of its bytes that falls to them."
     few = Rows(held.tokens, held.cuts[:rows], held.nbytes)
-    size = held.nbytes * few.asked.sum() / held.asked.sum()
-    return lambda model: {"bits": float(row_bits(model, few).sum() / size)}
+    return Rows(few.tokens, few.cuts, round(held.nbytes * few.asked.sum() / held.asked.sum()))
+
+
+def glance(held: Rows) -> Callable[[LM], dict[str, float]]:
+    "A quick look for a curve: bits per byte of the first rows of a text."
+    few = beginning(held, 32)
+    return lambda model: {"bits": bits_per_byte(model, few)}
 
 
 def continued(path: Path, done: int) -> History:
@@ -248,6 +254,41 @@ def writing(s: Story) -> None:
 
 def indented(text: str) -> str: return "\n".join("    " + line for line in text.splitlines())
 
+# %% ../nbs/8_tour/81_tour.ipynb #asking
+def asking(s: Story) -> None:
+    "Small models of one budget: causal, masked, mixed, diffusion."
+    c, steps = s.scale, max(1, s.total // 4)
+    size = Size(len(s.tok), c.dim, c.heads, layers=max(1, c.layers // 2), length=max(32, c.length // 2))
+    rows, held = (examples(texts, s.tok, size.length) for texts in (s.train, s.validation))
+    opening, few = [s.tok.bos_token_id, *held[0].ids[1:9]], beginning(held, 64)
+    s.say(f"The same text, asked in four ways: models of {size.layers} layers, {steps:,} steps each ...")
+    s.facts["ways"], cells, known = {}, [], ways(s.tok)
+    for name, way in known.items():
+        model = taught(way, size, rows, c.rows, steps, c.lr, c.seed, s.bf16)
+        m = examined(model, way, few, s.tok)
+        s.facts["ways"][name] = asdict(m)
+        trace = continues(model, way, opening, size.length - len(opening), s.tok, seed=c.seed)
+        cells.append((name, mark(m.left_to_right), mark(m.any_order), f"{m.gaps:.0%}",
+                      str(s.tok.decode(trace.ids[0], skip_special_tokens=True))))
+        _, ahead, any_order, right, _ = cells[-1]
+        s.say(f"  {name:<10} {ahead:>5} left to right   {any_order:>5} in any order   {right:>4} of gaps")
+    s.say("  (bits per byte; in any order a bound; - was not learnt)")
+    sentence = collate([replace(held[0], ids=held[0].ids[:32], answer=(held[0].answer or [])[:32])])
+    s.show("Three ways of asking, and their mixture", asked_table(cells) + str(
+        compare([w.objective for w in known.values()], sentence, s.tok)))
+
+# %% ../nbs/8_tour/81_tour.ipynb #asking-table
+def mark(bits: float | None) -> str: return "-" if bits is None else f"{bits:.2f}"
+
+
+def asked_table(cells: Sequence[tuple[str, ...]]) -> str:
+    "What each way of asking came to, as a piece of HTML."
+    head = ("", "bits per byte from left to right", "in any order, at most", "gaps guessed right", "writes")
+    body = "".join("<tr>" + "".join(f"<td>{escape(v)}" for v in row[:-1]) + f"<td><pre>{escape(row[-1])}</pre>"
+                   for row in cells)
+    return (f"<table><tr>{''.join(f'<th>{h}' for h in head)}{body}</table><p>Four small models with the same first "
+            "weights, rows and steps; one seed. What each was asked, on the same tokens:</p>")
+
 # %% ../nbs/8_tour/81_tour.ipynb #keeping
 CSS = """body{font:16px/1.5 system-ui,sans-serif;max-width:52rem;margin:2rem auto;padding:0 1rem}
 body{color:#222;background:#fff}
@@ -273,7 +314,7 @@ def keeping(s: Story) -> None:
     s.say(f"The model is in {s.out / 'model'}, the report in {s.out / 'report.html'}")
 
 # %% ../nbs/8_tour/81_tour.ipynb #tour
-STAGES = reading, planning, pretraining, scoring, writing, keeping
+STAGES = reading, planning, pretraining, scoring, writing, asking, keeping
 
 
 def tour(data: str = "shakespeare", minutes: float | None = None, steps: int | None = None, out: str | Path = "tour",

@@ -10,7 +10,7 @@ from dataclasses import asdict
 import pytest
 
 from lmtrain import experiments
-from lmtrain.evaluate import Claim, Verdict
+from lmtrain.evaluate import Claim
 from lmtrain.reproduce import due, experiment, measure, names, of_all, page, record_of, reproduce, seeded
 
 TOY = '''
