@@ -1,4 +1,9 @@
 """Token objectives inside an unchanged transformers.Trainer: the gradient of our own Trainer, at any accumulation."""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from datasets import Dataset
@@ -14,6 +19,7 @@ from lmtrain.objectives.mixed import Mix, by_gradient, by_sequence
 from lmtrain.text import train_bpe
 from lmtrain.train import Trainer
 
+HERE = Path(__file__).parent
 TOK = train_bpe(["the ship sails at dawn"], 300)
 M, ORDINARY = TOK.mask_token_id, range(max(TOK.all_special_ids) + 1, 300)
 TOKEN_OBJECTIVES = [CLM(), PrefixLM(.5), MLM(M, ORDINARY), MLM(M, ORDINARY, shifted=True), Diffusion(M),
@@ -129,3 +135,13 @@ def test_block_diffusion_is_no_plain_row():
     s = for_trainer(o, TOK)["data_collator"](ROWS)
     assert s["input_ids"].shape[1] == 2 * max(len(r["input_ids"]) for r in ROWS)
     assert torch.isfinite(plain_reference(o, [s])).all()
+
+
+def test_two_processes(tmp_path):
+    "Under torchrun with two ranks, at accumulation 1 and 4, the gradient of lmtrain's own Trainer: see ranks_trainer.py."
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(HERE / "ranks_trainer.py"), str(tmp_path)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "1000", "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent)])}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=180, env=env)
+    assert done.returncode == 0, done.stderr[-3000:]
+    said = [line for line in done.stdout.splitlines() if line.startswith("ok ")]
+    assert said == ["ok mlm 1", "ok mlm 4", "ok diffusion 1", "ok diffusion 4", "ok control"]
