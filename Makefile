@@ -9,7 +9,7 @@ ARGS ?=
 READY := $(VENV)/ready-$(shell cat pyproject.toml setup.py constraints.txt | cksum | tr ' ' '-')
 
 .DEFAULT_GOAL := help
-.PHONY: help tour test bench notebooks export lint readme clean
+.PHONY: help tour test bench reproduce notebooks export lint readme clean
 
 help: ## Show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -24,6 +24,10 @@ test: $(READY) ## Run all tests; ARGS="-k batch" for some of them
 bench: $(READY) ## Measure speed beside transformers' Trainer, about an hour on a quiet machine
 	@$(BIN)/python -m benchmarks.speed --compile
 	@$(BIN)/python -m benchmarks.time_to_loss
+	@$(BIN)/python -m benchmarks.masking
+
+reproduce: $(READY) ## Measure the claims of papers again, about half an hour; ARGS="--seeds 5"
+	@$(BIN)/lmtrain reproduce --all --out docs/results $(ARGS)
 
 notebooks: $(READY) export ## Run the notebooks and keep their outputs
 	@$(BIN)/nbdev-test --n-workers 1 --save --do-print
