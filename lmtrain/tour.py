@@ -268,14 +268,16 @@ def asking(s: Story) -> None:
         m = examined(model, way, few, s.tok)
         s.facts["ways"][name] = asdict(m)
         trace = continues(model, way, opening, size.length - len(opening), s.tok, seed=c.seed)
+        lines = str(s.tok.decode(trace.ids[0], skip_special_tokens=True)).splitlines()
         cells.append((name, mark(m.left_to_right), mark(m.any_order), f"{m.gaps:.0%}",
-                      str(s.tok.decode(trace.ids[0], skip_special_tokens=True))))
+                      " / ".join(line for line in lines if line.strip())[:240]))
         _, ahead, any_order, right, _ = cells[-1]
         s.say(f"  {name:<10} {ahead:>5} left to right   {any_order:>5} in any order   {right:>4} of gaps")
     s.say("  (bits per byte; in any order a bound; - was not learnt)")
-    sentence = collate([replace(held[0], ids=held[0].ids[:32], answer=(held[0].answer or [])[:32])])
+    line = held[len(held) // 2]
+    sentence = collate([replace(line, ids=line.ids[:32], answer=(line.answer or [])[:32], index=0)])
     s.show("Three ways of asking, and their mixture", asked_table(cells) + str(
-        compare([w.objective for w in known.values()], sentence, s.tok)))
+        compare([w.objective for w in known.values()], sentence, s.tok, seed=5)))
 
 # %% ../nbs/8_tour/81_tour.ipynb #asking-table
 def mark(bits: float | None) -> str: return "-" if bits is None else f"{bits:.2f}"
