@@ -26,7 +26,7 @@ from transformers import PreTrainedTokenizerFast
 # %% ../nbs/0_core/08_evaluate.ipynb #imports-4
 from .batch import Example, Noise, collate
 from .model import LM, evaluating
-from .objective import CLM, Objective, hide, logp
+from .objective import CLM, Objective, hide, logp, shift
 from .text import Rows
 from .train import Callback, History, Trainer
 
@@ -115,8 +115,12 @@ def likelihood(model: LM, items: Sequence[Example], batch: int = 32) -> np.ndarr
     return torch.cat(out).numpy() if out else np.zeros(0)                              # (n,)
 
 
-def pseudo_likelihood(model: LM, items: Sequence[Example], mask_id: int, batch: int = 32) -> np.ndarray:
-    "Sum of the log-probabilities of each token given all others, in nats: (n,) float64. Salazar et al. (2020)."
+def pseudo_likelihood(model: LM, items: Sequence[Example], mask_id: int, batch: int = 32, shifted: bool = False
+                      ) -> np.ndarray:
+    """Sum of the log-probabilities of each token given all others, in nats: (n,) float64. Salazar et al. (2020).
+
+    `shifted`: the model answers at the token before, as after masked next-token prediction.
+    """
     device, out = next(model.parameters()).device, []
     for e in items:
         ask = [t for t in range(len(e)) if e.answer is None or e.answer[t]]
@@ -125,6 +129,7 @@ def pseudo_likelihood(model: LM, items: Sequence[Example], mask_id: int, batch: 
         hit = torch.zeros_like(whole.ids, dtype=torch.bool)                            # (asked,T)
         hit[range(len(ask)), ask] = True
         b = hide(whole, hit, mask_id)
+        if shifted: b = shift(b.set(answer=hit))
         parts = (b[i:i + batch] for i in range(0, len(ask), batch))
         with evaluating(model): out.append(sum(float(logp(model, part).double().sum()) for part in parts))
     return np.array(out, float)                                                        # (n,)

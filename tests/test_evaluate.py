@@ -47,15 +47,17 @@ def test_likelihoods_add_up_to_one():
     assert abs(np.exp(likelihood(small, items)).sum() - 1) < 1e-5
 
 
-def test_pseudo_likelihood_by_hand(model):
-    "One token hidden at a time, both sides read, one forward each."
+@pytest.mark.parametrize("early", [0, 1])
+def test_pseudo_likelihood_by_hand(model, early):
+    "One token hidden at a time, both sides read, one forward each; a shifted model answers one place early."
     e, want = Example([1, 20, 30, 40, 2], [False, True, True, True, False]), 0.
     for t in (1, 2, 3):
         ids = list(e.ids); ids[t] = 3
         b = collate([Example(ids)])
-        with torch.no_grad(): q = model.head(model(b.set(order=torch.zeros_like(b.order))))[0, t].log_softmax(-1)
+        with torch.no_grad(): q = model.head(model(b.set(order=torch.zeros_like(b.order))))[0, t - early].log_softmax(-1)
         want += float(q[e.ids[t]])
-    for batch in (1, 2, 32): assert np.allclose(pseudo_likelihood(model, [e, e], 3, batch), want, atol=1e-4)
+    for batch in (1, 2, 32): assert np.allclose(pseudo_likelihood(model, [e, e], 3, batch, bool(early)), want, atol=1e-4)
+    assert abs(pseudo_likelihood(model, [e], 3, shifted=not early)[0] - want) > .01  # negative control: the other place
     assert abs(likelihood(model, [e])[0] - want) > .1  # negative control: it is not the likelihood
 
 
