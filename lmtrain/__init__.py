@@ -19,7 +19,7 @@ _names = {
     "objectives.mixed": "Mix Curriculum Parts by_token by_sequence by_gradient ul2 fim",
     "objectives.diffusion": "Diffusion Uniform BlockDiffusion nelbo nelbo_bits linear cosine polynomial exact_k",
     "objectives.samplers": "unmask ancestral first_hitting most_confident threshold semi_autoregressive",
-    "views": "paint paint_loss paint_sees paint_trace compare explore Watch",
+    "views": "paint paint_loss paint_sees paint_trace replay compare explore Watch",
 }
 _where = {name: module for module, names in _names.items() for name in names.split()}
 __all__ = ["__version__", *_where]

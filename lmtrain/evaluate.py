@@ -8,7 +8,7 @@ from __future__ import annotations
 # %% auto #0
 __all__ = ['Score', 'ROUNDING', 'T95', 'must_be_causal', 'row_bits', 'bits_per_byte', 'interval', 'bits_interval', 'grams',
            'ngram_bits', 'encoded', 'likelihood', 'pseudo_likelihood', 'minimal_pairs', 'choose', 'exact_match',
-           'held_loss', 'Evaluate', 'Claim', 'Verdict', 'over_seeds', 'of_arm', 'versus']
+           'held_loss', 'Evaluate', 'Claim', 'Verdict', 'over_seeds', 'in_words', 'of_arm', 'versus']
 
 # %% ../nbs/0_core/08_evaluate.ipynb #imports-2
 import math
@@ -220,6 +220,12 @@ def over_seeds(values: Sequence[float]) -> tuple[float, float, float]:
     if len(x) == 1: return float(x[0]), -math.inf, math.inf
     half = T95[min(len(x) - 1, len(T95)) - 1] * x.std(ddof=1) / math.sqrt(len(x))
     return float(x.mean()), float(x.mean() - half), float(x.mean() + half)
+
+
+def in_words(found: tuple[float, float, float], form: str = ".3f") -> str:
+    "A mean and its interval as they are written: `0.64 (0.54 to 0.73)`."
+    mean, low, high = (format(v, form) for v in found)
+    return f"{mean} ({low} to {high})"
 
 
 def of_arm(rows: Sequence[dict], arm: str, name: str) -> list[float]:

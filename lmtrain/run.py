@@ -48,9 +48,9 @@ def named(node: ast.expr) -> type:
 
 
 def from_tokenizer(name: str, tok: PreTrainedTokenizerFast) -> Any:
-    "What the tokenizer says of a field: `mask_id` and the like, or the longest range of `ordinary` tokens."
+    "What the tokenizer says of a field: `mask_id` and the like, the `ordinary` tokens, or all of them as `vocab`."
     if name.endswith("_id"): return getattr(tok, f"{name.removesuffix('_id')}_token_id", None)
-    return ordinary(tok) if name == "ordinary" else None
+    return {"ordinary": ordinary(tok), "vocab": range(len(tok))}.get(name)
 
 # %% ../nbs/8_tour/82_run.ipynb #read
 def read(text: str, tok: PreTrainedTokenizerFast | None = None) -> Any:

@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['ROW', 'TOKEN', 'Picture', 'shown', 'span', 'block', 'paint', 'paint_loss', 'paint_sees', 'paint_trace', 'asked_of',
-           'compare', 'control', 'Explore', 'explore', 'Watch']
+__all__ = ['ROW', 'TOKEN', 'Picture', 'shown', 'span', 'block', 'paint', 'paint_loss', 'paint_sees', 'paint_trace', 'Replay',
+           'replay', 'asked_of', 'compare', 'control', 'Explore', 'explore', 'Watch']
 
 # %% ../nbs/0_core/09_views.ipynb #imports-2
 import math
@@ -116,18 +116,46 @@ def paint_sees(b: Batch, tok: PreTrainedTokenizerFast, row: int = 0) -> Picture:
                    f"xmlns='http://www.w3.org/2000/svg'>{''.join(parts)}</svg>")
 
 # %% ../nbs/0_core/09_views.ipynb #paint-trace
-def paint_trace(trace: Trace, tok: PreTrainedTokenizerFast, rows: int = 4) -> Picture:
-    "The first rows of a trace: the step at which each token was written, and how surely."
-    out = []
+def paint_trace(trace: Trace, tok: PreTrainedTokenizerFast, rows: int = 4, until: int | None = None) -> Picture:
+    "The first rows of a trace: the step at which each token was written, and how surely; later than `until`, a gap."
+    out, last = [], int(trace.when.max()) if until is None else until
     for r in range(min(rows, len(trace))):
         parts = []
         for token, when, p in zip(trace.ids[r].tolist(), trace.when[r].tolist(), trace.p[r].tolist(), strict=True):
             if when < 0: continue
+            if when > last: parts.append(span("░░", f"written later, in step {when}", "opacity:.5")); continue
             tip = f"written in step {when}, p = {p:.3f}" if when else "given"
             ground = f"background:rgba(0,158,115,{0.08 + 0.6 * p:.2f})" if when else "opacity:.7"
             parts.append(span(shown(token, tok), tip, ground, str(when) if when else ""))
-        out.append(block(parts, f"row {r}: {int((trace.when[r] > 0).sum())} tokens were written"))
+        count = int(((trace.when[r] > 0) & (trace.when[r] <= last)).sum())
+        out.append(block(parts, f"row {r}: {count} tokens were written"))
     return Picture("".join(out))
+
+# %% ../nbs/0_core/09_views.ipynb #replay
+class Replay(w.VBox):
+    "A trace with a play button and a slider; `picture` is what they show, and a page without a kernel shows it all."
+    def __init__(self, trace: Trace, tok: PreTrainedTokenizerFast, rows: int, milliseconds: int):
+        self.trace, self.tok, self.rows, last = trace, tok, rows, max(0, int(trace.when.max()))
+        self.play = w.Play(value=0, max=last, interval=milliseconds, description="write")
+        self.slider, self.view = w.IntSlider(last, max=last, description="step"), w.HTML()
+        w.jslink((self.play, "value"), (self.slider, "value"))
+        super().__init__([w.HBox([self.play, self.slider]), self.view])
+        self.slider.observe(self.redraw, "value")
+        self.redraw()
+
+    @property
+    def picture(self) -> Picture: return paint_trace(self.trace, self.tok, self.rows, self.slider.value)
+
+    def redraw(self, change=None) -> None: self.view.value = str(self.picture)
+
+    def _repr_mimebundle_(self, include=None, exclude=None):
+        whole = str(paint_trace(self.trace, self.tok, self.rows))
+        return {**super()._repr_mimebundle_(include=include, exclude=exclude), "text/html": whole}
+
+
+def replay(trace: Trace, tok: PreTrainedTokenizerFast, rows: int = 1, milliseconds: int = 150) -> Replay:
+    "How a trace was written, step by step; `milliseconds` is the time for a step."
+    return Replay(trace, tok, rows, milliseconds)
 
 # %% ../nbs/0_core/09_views.ipynb #compare
 def asked_of(objective: Objective, base: Batch, noise: Noise, tok: PreTrainedTokenizerFast, rows: int = 1) -> Picture:
@@ -160,7 +188,8 @@ class Explore(w.VBox):
     def __init__(self, objective: Objective, base: Batch, tok: PreTrainedTokenizerFast, noise: Noise, rows: int):
         self.objective, self.base, self.tok, self.rows = objective, base, tok, rows
         known: Sequence[Field] = fields(objective) if is_dataclass(objective) else ()
-        made = {f.name: control(f.name, str(f.type), getattr(objective, f.name)) for f in known}
+        kinds = {f.name: f.type.__name__ if isinstance(f.type, type) else str(f.type) for f in known}
+        made = {name: control(name, kind, getattr(objective, name)) for name, kind in kinds.items()}
         self.controls = {name: c for name, c in made.items() if c is not None}
         self.noise = [w.BoundedIntText(n, max=2**31, description=d) for n, d in
                       ((noise.seed, "seed"), (noise.epoch, "epoch"))]

@@ -9,7 +9,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import lmtrain
-from lmtrain.batch import Example, Noise, collate
+from lmtrain.batch import Example, Noise, Trace, collate
 from lmtrain.checkpoint import Save, restore, trainer_state
 from lmtrain.evaluate import Evaluate, bits_interval, held_loss, likelihood, row_bits
 from lmtrain.generation import fill, generate, left_to_right, until
@@ -18,7 +18,7 @@ from lmtrain.objective import CLM, Objective, PrefixLM, hide, shift
 from lmtrain.optim import adamw, matrices, muon
 from lmtrain.text import examples, train_bpe, train_chars
 from lmtrain.train import Callback, History, Loader, Task, Trainer
-from lmtrain.views import Explore, Watch, compare, explore, paint
+from lmtrain.views import Explore, Watch, compare, explore, paint, paint_trace, replay
 
 TEXT = ["the ship sails at dawn. ", "the sea is calm and low. "] * 8
 TOK = train_bpe(TEXT, 300)
@@ -233,6 +233,20 @@ def test_bits_interval():
 
 
 # ---- pictures with sliders
+
+def test_replay_shows_what_was_written_by_a_step():
+    "After k steps k tokens are readable and the rest are gaps; the last step, and a page without a kernel, show all."
+    trace = Trace(torch.tensor([[1, 10, 11, 12, 13, 0]]), torch.tensor([[0, 3, 1, 4, 2, -1]]), torch.ones(1, 6))
+    box = replay(trace, TOK)
+    whole = str(paint_trace(trace, TOK, 1))
+    assert box.slider.max == box.play.max == 4 and box.view.value == whole == box._repr_mimebundle_()["text/html"]
+    for step in range(5):
+        box.slider.value = step
+        assert box.view.value == str(paint_trace(trace, TOK, 1, step)) and box.view.value.count("░░") == 4 - step
+        assert all((f">{k}</sub>" in box.view.value) == (k <= step) for k in (1, 2, 3, 4))
+        assert f"{step} tokens were written" in box.view.value
+    assert str(paint_trace(trace, TOK, 1, 2)) != whole                                 # control: a step is not the whole
+
 
 def test_explore_shows_the_loaders_batch():
     "For a seed, an epoch and a place in the run, what `explore` paints is what the loader gives; another seed, the control, is not."

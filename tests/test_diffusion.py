@@ -11,7 +11,7 @@ from lmtrain.batch import Example, Noise, collate
 from lmtrain.model import LM, Size, Transformer, moved
 from lmtrain.objective import CLM, hide
 from lmtrain.objectives.diffusion import (
-    BlockDiffusion, Diffusion, Polynomial, Schedule, Stepped, Uniform, cosine, ended, exact_k, jumps, leftward, linear, nelbo,
+    At, BlockDiffusion, Diffusion, Polynomial, Schedule, Stepped, Stopped, Uniform, cosine, ended, exact_k, jumps, leftward, linear, nelbo,
     nelbo_bits, polynomial, ranked, times)
 from lmtrain.text import examples, train_chars
 
@@ -112,6 +112,19 @@ def by_enumeration(f, schedule, nodes=40):
             terms = torch.zeros(27, dtype=torch.float64).index_add(0, row, cache[S][:len(row)])
             out += w * share**len(S) * (1 - share)**(L - len(S)) * q.weights.amax(1).double() * terms
     return out
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
+def test_a_stopped_clock(schedule):
+    "At the t that `Diffusion` has drawn it is Diffusion; at other times it hides a smaller or larger set of the same order."
+    b = collate([Example(list(range(4, 40)), index=7)])
+    drawn = .001 + .999 * float(times(b, Noise(3))[0, 0])
+    q, at = Diffusion(M, schedule).corrupt(b, Noise(3)), lambda t: Stopped(M, t, schedule).corrupt(b, Noise(3))
+    assert torch.equal(at(drawn).ids, q.ids) and torch.allclose(at(drawn).weights, q.weights, rtol=1e-5)
+    hidden = [at(t).ids == M for t in (.1, .3, .5, .7, .9, 1.)]
+    assert all((a <= z).all() for a, z in zip(hidden[:-1], hidden[1:], strict=True)) and hidden[-1].all()
+    assert 0 < hidden[1].sum() < 36 and not torch.equal(at(.5).ids, q.ids) or abs(drawn - .5) < .1
+    assert At(schedule, .5).hidden(torch.tensor(.2)) == Schedule().hidden(torch.tensor(.2))
 
 
 # ---- O1, O2, O3: the bound

@@ -301,20 +301,31 @@ def test_nothing_unsafe():
 
 
 def test_the_example_of_contributing_runs():
-    "The objective of CONTRIBUTING.md asks every second token, has at most 15 lines, and trains."
+    "The objective of CONTRIBUTING.md has at most 15 lines, is CLM at rate 0, is the experiment's, and goes everywhere."
     import torch
-    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    code = next(c for c in re.findall(r"```python\n(.*?)```", text, re.S) if "class EverySecond" in c)
-    assert len(code[code.index("@dataclass"):].splitlines()) <= 15
+    from lmtrain import CLM, Example, Loader, Mix, Noise, Size, Trainer, Transformer, explore, for_trainer, train_bpe
+    from lmtrain.experiments.repeat import GappedCLM
+    from lmtrain.run import read
     path = ROOT / "CONTRIBUTING.md"
+    code = next(c for c in re.findall(r"```python\n(.*?)```", path.read_text(encoding="utf-8"), re.S) if "class GappedCLM" in c)
+    assert len(code[code.index("@dataclass"):].splitlines()) <= 15
     space: dict = {"__name__": "example"}
     exec(compile(code, str(path), "exec"), space)
-    from lmtrain import Example, Loader, Size, Trainer, Transformer
-    rows = [Example([1, *torch.randint(3, 20, (9,)).tolist()]) for _ in range(8)]
-    objective = space["EverySecond"]()
-    loader = Loader(rows, objective, rows=4, T=20, pack=True)
-    assert next(iter(loader)).weights.sum() == 8 * 5  # 10 tokens: positions 0, 2, 4, 6, 8 ask for 1, 3, 5, 7, 9
-    assert len(Trainer(Transformer(Size(20, 16, 2, layers=1)), objective, loader, steps=2).fit()) == 2
+    rows = [Example([1, *torch.randint(4, 20, (9,)).tolist()], index=n) for n in range(8)]
+    def first(objective): return next(iter(Loader(rows, objective, rows=4, T=20, pack=True)))
+    mine, plain = space["GappedCLM"](3), first(CLM())
+    for name in ("ids", "targets", "weights", "order", "doc"):
+        assert torch.equal(getattr(first(space["GappedCLM"](3, 0.)), name), getattr(plain, name))
+        assert torch.equal(getattr(first(mine), name), getattr(first(GappedCLM(3)), name))
+    assert 0 < (first(mine).ids == 3).sum() < 72 and not torch.equal(first(mine).ids, plain.ids)  # control: at .3 it is not
+    for o in (mine, Mix((.5, .5), gapped=mine, clm=CLM())):
+        loader = Loader(rows, o, rows=4, T=20, pack=True)
+        assert len(Trainer(Transformer(Size(20, 16, 2, layers=1)), o, loader, steps=2).fit()) == 2
+    tok = train_bpe(["to be or not to be"], 270)
+    collate, loss = for_trainer(mine, tok).values()
+    assert collate([{"input_ids": r.ids} for r in rows])["labels"].shape == (8, 11) and callable(loss)
+    assert "rate" in explore(mine, first(CLM())[:1], tok, Noise()).controls
+    assert read("lmtrain.experiments.repeat.GappedCLM(rate=.5)", tok) == GappedCLM(tok.mask_token_id, .5)
 
 
 def test_contributing_explains_every_dependency():

@@ -645,6 +645,12 @@ def test_electra_equals_a_loop(layout):
     assert not (new != b.clean)[b.weights == 0].any()
 
 
+def test_electra_is_asked_for_by_name():
+    "A single model gets one line that says what is needed."
+    o = RTD(MLM(M, ORDINARY, .3))
+    with pytest.raises(TypeError, match="Electra"): o.loss(pair().generator, o.corrupt(collate(DOCS), Noise(7)))
+
+
 def test_a_forgery_that_is_the_truth():
     "A generator that is always right forges nothing, and then the labels are all 0; all 1s would be another loss."
     model, o = pair(), RTD(MLM(M, ORDINARY, .3, 0., 0.), scale=1.)

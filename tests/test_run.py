@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from lmtrain.model import Size, Transformer, load
 from lmtrain.objective import CLM, PrefixLM
+from lmtrain.objectives.masked import MLM
 from lmtrain.run import Job, longer, opened, read, train
 from lmtrain.text import train_bpe
 from lmtrain.train import Trainer
@@ -60,6 +61,7 @@ def test_reading_objectives():
     assert read("objectives_of_tests.Halves", tok).mask_id == tok.mask_token_id
     got = read("objectives_of_tests.Halves(share=.25)", tok)
     assert (got.share, got.ordinary) == (.25, range(max(tok.all_special_ids) + 1, len(tok)))
+    assert read("Uniform", tok).vocab == range(len(tok)) and read("MLM(rate=.2)", tok) == MLM(tok.mask_token_id, got.ordinary, .2)
     for wrong, says in {"Noise(seed=1)": "not an objective", "Nothing": "no Nothing", "PrefixLM(cat=.5)": "cat", "CLM(": "cannot be read",
                         "PrefixLM(cut=1+1)": "plain", "os.system('ls')": "not an objective", "(lambda: CLM())()": "no ", "3": None,
                         "PrefixLM(cut=open('x'))": "no open", "objectives_of_tests.Halves(1, 2, 3, 4)": "takes"}.items():

@@ -11,7 +11,6 @@ __all__ = ['claim', 'L', 'V', 'MASK', 'TEXTS', 'SETS', 'SCHEDULES', 'ARMS', 'STE
 
 # %% ../../nbs/7_experiments/bound.ipynb #imports-2
 from collections.abc import Callable
-from dataclasses import replace
 from itertools import permutations, product
 
 # %% ../../nbs/7_experiments/bound.ipynb #imports-3
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 # %% ../../nbs/7_experiments/bound.ipynb #imports-4
 from ..batch import Batch, Example, collate
 from ..corpora import corpus
-from ..evaluate import Claim, Verdict, bits_per_byte, of_arm, over_seeds, versus
+from ..evaluate import Claim, Verdict, bits_per_byte, in_words, of_arm, over_seeds, versus
 from ..model import LM, Cache, Size, Transformer
 from ..objective import CLM, Objective
 from ..objectives.diffusion import (BlockDiffusion, Diffusion, Schedule, cosine, exact_k, linear, nelbo,
@@ -80,12 +79,13 @@ def orders(f: Tensor, x: tuple[int, ...]) -> np.ndarray:
     return np.array([-sum(float(f[view(o[n:])][i, x[i]]) for n, i in enumerate(o)) for o in permutations(range(L))])
 
 
-def expected(schedule: Schedule, weigh: Callable[[Tensor, Tensor], Tensor | float]) -> np.ndarray:
-    "How much each of `SETS` counts, on average over t, if a gap among k counts `weigh(t, k)`; by quadrature: (7,)."
+def expected(schedule: Schedule, weigh: Callable[[Tensor, Tensor], Tensor | float] | None = None) -> np.ndarray:
+    "How much each of `SETS` counts, on average over t, if a gap among k counts `weigh(t, k)`, else its weight: (7,)."
     at, w = np.polynomial.legendre.leggauss(60)
     t, k = torch.from_numpy((at + 1) / 2), torch.tensor([[sum(s)] for s in SETS]).double()  # (60,) (7,1)
     h = schedule.hidden(t)                                                             # (60,)
-    return ((h ** k * (1 - h) ** (L - k) * weigh(t, k)) @ torch.from_numpy(w / 2)).numpy()
+    each = schedule.weight(t) if weigh is None else weigh(t, k)                        # (60,) or (7,1)
+    return ((h ** k * (1 - h) ** (L - k) * each) @ torch.from_numpy(w / 2)).numpy()
 
 # %% ../../nbs/7_experiments/bound.ipynb #toy-run
 SCHEDULES = {"linear": linear, "cosine": cosine, "square": polynomial(2.0), "cube": polynomial(3.0)}
@@ -94,7 +94,7 @@ SCHEDULES = {"linear": linear, "cosine": cosine, "square": polynomial(2.0), "cub
 def toy(f: Tensor, arm: str, draws: int) -> dict:
     "The bound on each of 27 texts in six ways, and two losses that look like it, in nats."
     cost, each = np.array([prices(f, x) for x in TEXTS]), np.array([orders(f, x) for x in TEXTS])  # (27,7) (27,6)
-    ways = [cost @ expected(s, lambda t, k, s=s: s.weight(t)) for s in SCHEDULES.values()]  # 4 of (27,)
+    ways = [cost @ expected(s) for s in SCHEDULES.values()]  # 4 of (27,)
     texts = collate([Example(list(x), index=n) for n, x in enumerate(TEXTS)])
     sampled = nelbo(Table(f), texts, Diffusion(MASK, exact_k), draws)
     return {"arm": arm, "any_order": each.mean(1).tolist(), "likelihood": (-np.log(np.exp(-each).mean(1))).tolist(),
@@ -116,7 +116,7 @@ def learnt(objective: Objective, rows, steps: int, seed: int, vocab: int) -> Tra
     Trainer(model, objective, loader, LR, steps, optimizer=muon, bf16=native_bf16()).fit()
     return model.eval()
 
-
+# %% ../../nbs/7_experiments/bound.ipynb #run-all
 def run(seed: int, size: float = 1.0) -> list[dict]:
     "Two models of the small language, and three of plays. About a minute."
     dice = np.random.default_rng(seed)
@@ -129,10 +129,11 @@ def run(seed: int, size: float = 1.0) -> list[dict]:
     tok = train_bpe(train, 1024)
     rows, unseen, mask = examples(train, tok, 128), examples(held, tok, 128), int(tok.mask_token_id or 0)
     if size < 1: unseen = examples([t[:round(20000 * size) + 500] for t in held], tok, 128)
-    for arm, o in {"left to right": CLM(), "blocks of 4": BlockDiffusion(mask, 4), "diffusion": Diffusion(mask)}.items():
+    bounds = {ARMS[1]: BlockDiffusion(mask, 4, exact_k), ARMS[2]: Diffusion(mask, exact_k)}
+    for arm, o in zip(ARMS, (CLM(), BlockDiffusion(mask, 4), Diffusion(mask)), strict=True):
         model = learnt(o, rows, max(2, round(STEPS * size)), seed, len(tok))
-        if isinstance(o, CLM): bits = bits_per_byte(model, unseen)
-        else: bits = nelbo_bits(model, unseen, replace(o, schedule=exact_k), draws=2).sum() / unseen.nbytes
+        if arm not in bounds: bits = bits_per_byte(model, unseen)
+        else: bits = nelbo_bits(model, unseen, bounds[arm], draws=2).sum() / unseen.nbytes
         out.append({"arm": arm, "bits": float(bits)})
     return out
 
@@ -158,10 +159,10 @@ def verdict(rows: list[dict]) -> Verdict:
     found, bits = laws(rows), {a: over_seeds(of_arm(rows, a, "bits")) for a in ARMS}
     gaps = [versus(rows, a, b, "bits") for a, b in zip(ARMS[1:], ARMS, strict=False)]
     more = {a: 100 * (bits[a][0] / bits[ARMS[0]][0] - 1) for a in ARMS[1:]}
-    text = (f"Bits per byte of unseen plays: {bits[ARMS[0]][0]:.3f} from left to right; bounds of {bits[ARMS[1]][0]:.3f} "
-            f"in blocks of 4 ({more[ARMS[1]]:.0f} % more) and {bits[ARMS[2]][0]:.3f} by diffusion ({more[ARMS[2]]:.0f} % "
-            f"more). Blocks lie {gaps[0][0]:.3f} ({gaps[0][1]:.3f} to {gaps[0][2]:.3f}) above left to right, diffusion "
-            f"{gaps[1][0]:.3f} ({gaps[1][1]:.3f} to {gaps[1][2]:.3f}) above blocks.")
+    exact, blocks, bound = (bits[a][0] for a in ARMS)
+    text = (f"Bits per byte of unseen plays: {exact:.3f} from left to right; bounds of {blocks:.3f} in blocks of 4 "
+            f"({more[ARMS[1]]:.0f} % more) and {bound:.3f} by diffusion ({more[ARMS[2]]:.0f} % more). Blocks lie "
+            f"{in_words(gaps[0])} above left to right, diffusion {in_words(gaps[1])} above blocks.")
     return Verdict(all(found.values()) and all(low > 0 for _, low, _ in gaps), text, found)
 
 # %% ../../nbs/7_experiments/bound.ipynb #plot
@@ -174,7 +175,8 @@ def plot(rows: list[dict]):
         x, y = (np.concatenate([r[n] for r in some]) for n in ("likelihood", "sampled"))
         left.scatter(x, y, s=14, marker=mark, color=colour, alpha=0.6, label=f"{arm} model", linewidth=0)
     left.axline((2, 2), slope=1, color="grey", lw=1); left.set_aspect("equal", adjustable="datalim")
-    left.set_xlabel("-log p of a text, by enumeration (nats)", fontsize=8); left.set_ylabel("bound, by sampling", fontsize=8)
+    left.set_xlabel("-log p of a text, by enumeration (nats)", fontsize=8)
+    left.set_ylabel("bound, by sampling", fontsize=8)
     left.legend(fontsize=7, frameon=False)
     for n, arm in enumerate(ARMS):
         values = [r["bits"] for r in rows if r["arm"] == arm]

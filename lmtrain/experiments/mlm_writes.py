@@ -20,7 +20,7 @@ from torch import Tensor
 # %% ../../nbs/7_experiments/mlm_writes.ipynb #imports-4
 from ..batch import Example, Noise, collate
 from ..corpora import corpus
-from ..evaluate import Claim, Verdict, likelihood, of_arm, over_seeds, versus
+from ..evaluate import Claim, Verdict, in_words, likelihood, of_arm, over_seeds, versus
 from ..generation import fill, left_to_right
 from ..model import Size, Transformer
 from ..objective import CLM, Objective
@@ -62,7 +62,8 @@ def written(model: Transformer, ids: Tensor, todo: Tensor, mask_id: int, seed: i
     b = collate([Example(r) for r in ids.tolist()])
     b = b.set(order=torch.zeros_like(ids))
     scores = lambda canvas: model.head(model(b.set(ids=canvas)))                       # (n,T,V)
-    return denoise(scores, ids.masked_fill(todo, mask_id), mask_id, most_confident(GAPS, GAPS), sure=peak, seed=seed).ids
+    canvas = ids.masked_fill(todo, mask_id)                                            # (n,T)
+    return denoise(scores, canvas, mask_id, most_confident(GAPS, GAPS), sure=peak, seed=seed).ids
 
 # %% ../../nbs/7_experiments/mlm_writes.ipynb #scores
 def cost(judge: Transformer, ids: Tensor, bos: int) -> float:
@@ -98,7 +99,7 @@ def arms(mask: int, some: range) -> dict[str, tuple[Objective, float]]:
     return {"causal": (CLM(), 1), **{n: (o, 1) for n, o in masked.items()}, LONGER: (masked["masked .3"], 1 / 0.3),
             "diffusion": (Diffusion(mask), 1)}
 
-
+# %% ../../nbs/7_experiments/mlm_writes.ipynb #run-all
 def run(seed: int, size: float = 1.0) -> list[dict]:
     "Six writers and a judge, two tasks. About two minutes."
     plays, n = corpus("shakespeare"), max(2, round(48 * size))
@@ -125,16 +126,15 @@ TASKS = ("fill", "go on")
 def verdict(rows: list[dict]) -> Verdict:
     held = {"what was visible stays as it was": all(r["kept"] for r in rows),
             "every window has 32 gaps, in both tasks": all(r["gaps"] == r["least"] == GAPS for r in rows)}
-    ahead = {(a, t): versus(rows, f"{a}: {t}", f"causal: {t}", "excess") for a in (*RATES, LONGER, "diffusion") for t in TASKS}
+    text, others = [], (*RATES, LONGER, "diffusion")
+    ahead = {(a, t): versus(rows, f"{a}: {t}", f"causal: {t}", "excess") for a in others for t in TASKS}
     shown = any(all(ahead[a, t][2] < 0 for t in TASKS) for a in RATES)
     mean = lambda a, t, n: over_seeds(of_arm(rows, f"{a}: {t}", n))[0]
-    text, others = [], (*RATES, LONGER, "diffusion")
     for t, words in zip(TASKS, ("With gaps anywhere", "With the end missing"), strict=True):
-        each = ", ".join(f"{a} {v[0]:+.3f} ({v[1]:+.3f} to {v[2]:+.3f})" for a in others if (v := ahead[a, t]))
+        each = ", ".join(f"{a} {in_words(ahead[a, t], '+.2f')}" for a in others)
+        right = ", ".join(f"{a} {100 * mean(a, t, 'right'):.1f} %" for a in ("causal", "masked .3", LONGER))
         text.append(f"{words}, the judge's excess in nats a token against the causal model's "
-                    f"{mean('causal', t, 'excess'):.3f}: {each}. Right: causal {100 * mean('causal', t, 'right'):.1f} %, "
-                    f"masked .3 {100 * mean('masked .3', t, 'right'):.1f} %, longer "
-                    f"{100 * mean(LONGER, t, 'right'):.1f} %.")
+                    f"{mean('causal', t, 'excess'):.2f}: {each}. Right: {right}.")
     return Verdict(shown and all(held.values()), " ".join(text), held)
 
 # %% ../../nbs/7_experiments/mlm_writes.ipynb #plot

@@ -23,7 +23,7 @@ import torch
 # %% ../../nbs/7_experiments/repeat.ipynb #imports-4
 from ..batch import Batch, Example, Noise
 from ..corpora import corpus
-from ..evaluate import Claim, Evaluate, Verdict, bits_per_byte, over_seeds
+from ..evaluate import Claim, Evaluate, Verdict, bits_per_byte, in_words, over_seeds
 from ..model import LM, Size, Transformer
 from ..objective import CLM, Objective, shift
 from ..objectives.diffusion import Diffusion, exact_k, nelbo_bits
@@ -38,8 +38,8 @@ claim = Claim(
     "With few unique texts and more epochs diffusion surpasses causal models at every size tried, earlier with larger "
     "models; hiding inputs helps causal models but does not close the gap (Ni et al.). On 50 million tokens of small "
     "stories the causal model gets worse from step 14,000 of 20,000 on while diffusion still improves (2603.22075).",
-    "The causal model is best after 5 to 10 epochs and then rises; diffusion crosses its curve within 40 epochs and comes "
-    "near its minimum without getting below it (in a pilot on other plays 3.33 against 3.24): not shown.")
+    "The causal model is best after 5 to 10 epochs and then rises; diffusion crosses its curve within 40 epochs and "
+    "comes near its minimum without getting below it (in a pilot on other plays 3.33 against 3.24): not shown.")
 
 # %% ../../nbs/7_experiments/repeat.ipynb #hidden
 @dataclass
@@ -79,7 +79,7 @@ def scorer(mask: int, plays: dict[str, Rows], causal: bool) -> Callable[[LM], di
     if causal: return lambda m: {n: bits_per_byte(m, rows) for n, rows in plays.items()}
     return lambda m: {n: float(nelbo_bits(m, rows, bound, draws=2).sum() / rows.nbytes) for n, rows in plays.items()}
 
-
+# %% ../../nbs/7_experiments/repeat.ipynb #curve
 def curve(arm: Arm, rows: Sequence[Example], seed: int, vocab: int, score: Callable, size: float) -> list[dict]:
     "Train, and ask for the unseen plays on the way: [{step, choose, report}, ...]."
     torch.manual_seed(seed)
@@ -118,7 +118,7 @@ def best(row: dict) -> float: return row["report"][int(np.argmin(row["choose"]))
 
 
 def crossing(causal: dict, diffusion: dict) -> float:
-    "The first epoch at which diffusion is below the causal curve, which goes on level after its end; infinite if never."
+    "The first epoch at which diffusion is below the causal curve, which is level after its end; infinite if never."
     level = np.interp(diffusion["epoch"], causal["epoch"], causal["report"])
     under = np.flatnonzero((np.array(diffusion["report"]) < level)[1:]) + 1
     return diffusion["epoch"][under[0]] if len(under) else math.inf
@@ -133,9 +133,9 @@ def verdict(rows: list[dict]) -> Verdict:
     done = [c for c in crossed if c < math.inf]
     at = f"in {len(done)} of {len(crossed)} runs" + (f", at epoch {min(done):.0f} to {max(done):.0f}" if done else "")
     each = ", ".join(f"{np.mean(low[a]):.3f} {a}" for a in low)
-    text = (f"Best bits per byte of an unseen play: {each}. The causal model rises by {rise[0]:.2f} ({rise[1]:.2f} to "
-            f"{rise[2]:.2f}) after its best epoch, and diffusion crosses its curve {at}. Its best is "
-            + ", ".join(f"{g[0]:+.3f} ({g[1]:+.3f} to {g[2]:+.3f}) against {a}" for a, g in gap.items()) + ".")
+    text = (f"Best bits per byte of an unseen play: {each}. The causal model rises by {in_words(rise, '.2f')} after "
+            f"its best epoch, and diffusion crosses its curve {at}. Its best is "
+            + ", ".join(f"{in_words(g, '+.3f')} against {a}" for a, g in gap.items()) + ".")
     start = all(a["report"][0] == b["report"][0] for n in (*REPEATED, "causal, fresh text")
                 for a, b in zip(of("causal"), of(n), strict=True))
     same = all(r["epoch"] == sorted(r["epoch"]) and r["epoch"][0] == 0 for r in rows)
@@ -147,12 +147,13 @@ def plot(rows: list[dict]):
     "Bits per byte of the reported play against epochs, a line a seed."
     import matplotlib.pyplot as plt
     fig, ax = plt.subplots(figsize=(7.5, 3.2), dpi=72, layout="constrained")
-    looks = {"causal": ("#D55E00", "-"), "causal, inputs hidden": ("#E69F00", "--"), "causal, weight decay": ("#CC79A7", "-."),
-             "diffusion": ("#0072B2", "-"), "causal, fresh text": ("grey", ":")}
+    looks = {"causal": ("#D55E00", "-"), "causal, inputs hidden": ("#E69F00", "--"),
+             "causal, weight decay": ("#CC79A7", "-."), "diffusion": ("#0072B2", "-"),
+             "causal, fresh text": ("grey", ":")}
     for r in rows:
         colour, line = looks[r["arm"]]
-        first = r["seed"] == min(q["seed"] for q in rows)
-        ax.plot(r["epoch"][1:], r["report"][1:], color=colour, ls=line, lw=1.4, alpha=0.8, label=r["arm"] if first else None)
+        label = r["arm"] if r["seed"] == min(q["seed"] for q in rows) else None
+        ax.plot(r["epoch"][1:], r["report"][1:], color=colour, ls=line, lw=1.4, alpha=0.8, label=label)
     ax.set_xscale("log"); ax.set_xlabel("epochs (of 128 rows)", fontsize=8)
     ax.set_ylabel("bits per byte of an unseen play", fontsize=8); ax.tick_params(labelsize=7)
     ticks = [t for t in (0.25, 0.5, 1, 2, 4, 8, 16, 32, 64) if t <= max(max(r["epoch"]) for r in rows)]

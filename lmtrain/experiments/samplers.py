@@ -23,13 +23,13 @@ from torch import Tensor
 # %% ../../nbs/7_experiments/samplers.ipynb #imports-4
 from ..batch import Example
 from ..corpora import corpus
-from ..evaluate import Claim, Verdict, likelihood, of_arm, over_seeds, versus
+from ..evaluate import Claim, Verdict, in_words, likelihood, of_arm, over_seeds, versus
 from ..generation import Pick, confident
 from ..model import Size, Transformer
 from ..objective import CLM, Objective
 from ..objectives.diffusion import Diffusion
-from ..objectives.samplers import (Sure, ancestral, calm, denoise, first_hitting, most_confident, peak, rates, said,
-                                         scorer, semi_autoregressive, threshold)
+from ..objectives.samplers import (Sure, ancestral, calm, denoise, first_hitting, most_confident, peak, rates,
+                                         said, scorer, semi_autoregressive, threshold)
 from ..optim import muon
 from ..text import examples, train_bpe
 from ..train import Loader, Trainer, native_bf16
@@ -42,8 +42,8 @@ claim = Claim(
     "One place a step in random order has the law of ancestral sampling with endlessly many steps (Zheng et al.); "
     "the surest first is what LLaDA does (Nie et al.).",
     "On small random languages: blind order, surest place and calmest place are exact; ancestral sampling's error "
-    "halves when its steps double; the surest drawn word is off by .2 to .5. On plays the surest drawn word gives fewer "
-    "different pairs of tokens, and a causal judge finds its texts likelier than real ones.")
+    "halves when its steps double; the surest drawn word is off by .2 to .5. On plays the surest drawn word gives "
+    "fewer different pairs of tokens, and a causal judge finds its texts likelier than real ones.")
 
 # %% ../../nbs/7_experiments/samplers.ipynb #toy
 GAP = 3
@@ -79,16 +79,18 @@ def moves(q: Tensor, pick: Pick, sure: Sure = said) -> Tensor:
 # %% ../../nbs/7_experiments/samplers.ipynb #chains
 def chains(q: Tensor) -> dict[str, list[Tensor]]:
     "The samplers as lists of steps, three of one place each, or `STEPS` for ancestral ones."
-    ranked = lambda o: lambda p, todo: confident(1)(torch.tensor(o).expand(p.shape).double(), todo)
-    blind = sum(moves(q, ranked(o)) for o in permutations((0.1, 0.2, 0.3))) / 6
-    coins = list(product((False, True), repeat=3))
-    chosen = [moves(q, lambda p, todo, c=c: todo & torch.tensor(c)) for c in coins]
+    def ranked(order: Tensor) -> Pick: return lambda p, todo: confident(1)(order.expand(p.shape), todo)
+    def given(places: Tensor) -> Pick: return lambda p, todo: todo & places
+    blind = torch.stack([moves(q, ranked(torch.tensor(o))) for o in permutations((0.1, 0.2, 0.3))]).mean(0)  # (64,64)
+    coins = torch.tensor(list(product((False, True), repeat=3)))                       # (8,3)
+    chosen = torch.stack([moves(q, given(c)) for c in coins])                          # (8,64,64)
     def step(write: float) -> Tensor:  # (64,64)
-        return sum(write ** sum(c) * (1 - write) ** (3 - sum(c)) * K for c, K in zip(coins, chosen, strict=True))
+        odds = (1 - write + coins.double() * (2 * write - 1)).prod(1)                  # (8,)
+        return torch.einsum("c,cij->ij", odds, chosen)
     one = {name: [moves(q, confident(1), sure)] * 3 for name, sure in RANKS.items()}
     return {"blind": [blind] * 3, **one, **{f"ancestral {n}": [step(w) for w, _ in rates(n)] for n in STEPS}}
 
-
+# %% ../../nbs/7_experiments/samplers.ipynb #law
 def law(steps: Sequence[Tensor]) -> Tensor:
     "The chance of each of the 27 texts: (27,) double."
     now = torch.zeros(64, dtype=torch.float64); now[-1] = 1.0
@@ -137,7 +139,7 @@ def looks(texts: list[list[int]], judge: Transformer, tok, words: set[str]) -> d
     said_words = [w for t in texts for w in re.findall(r"\w+", tok.decode(t).lower())[:-1]]
     items = [Example([tok.bos_token_id, *t], [False] + [True] * len(t)) for t in texts]
     return {"distinct": len({*pairs}) / len(pairs), "entropy": float(-(share * np.log(share)).sum()),
-            "known": float(np.mean([w in words for w in said_words] or [0.0])),
+            "known": float(np.mean([w in words for w in said_words] or [False])),
             "judge": float(-likelihood(judge, items).sum() / sum(map(len, texts)))}
 
 # %% ../../nbs/7_experiments/samplers.ipynb #run
@@ -182,12 +184,12 @@ def verdict(rows: list[dict]) -> Verdict:
     held, off = laws(rows), over_seeds(of_arm(rows, "surest draw", "tv"))
     fewer, mean = versus(rows, "surest draw", "blind", "distinct"), lambda a, n: over_seeds(of_arm(rows, a, n))[0]
     names = ("blind", "surest draw", "surest place", "unseen text")
-    text = (f"On small languages the surest draw is off by {off[0]:.2f} ({off[1]:.2f} to {off[2]:.2f}) with a perfect "
-            f"model and loses {mean('surest draw', 'lost'):.2f} nats of entropy; ancestral sampling with 1, 8 and 64 steps "
-            f"by {mean('ancestral 1', 'tv'):.3f}, {mean('ancestral 8', 'tv'):.3f} and {mean('ancestral 64', 'tv'):.3f}. "
-            f"On plays the share of different pairs is {fewer[0]:+.2f} ({fewer[1]:+.2f} to {fewer[2]:+.2f}) against a "
-            "blind order; " + ", ".join(f"{a} {mean(a, 'distinct'):.2f} at {mean(a, 'judge'):.2f} nats a token for the "
-                                        "judge" for a in names) + ".")
+    steps = ", ".join(f"{n} {mean(f'ancestral {n}', 'tv'):.3f}" for n in (1, 8, 64))
+    each = ", ".join(f"{a} {mean(a, 'distinct'):.2f} at {mean(a, 'judge'):.2f}" for a in names)
+    text = (f"On small languages the surest draw is off by {in_words(off, '.2f')} with a perfect model and loses "
+            f"{mean('surest draw', 'lost'):.2f} nats of entropy; ancestral sampling by steps: {steps}. On plays its "
+            f"share of different pairs is {in_words(fewer, '+.2f')} against a blind order's. Share of different pairs, "
+            f"and what the judge finds a token to cost in nats: {each}.")
     return Verdict(all(held.values()) and off[1] > 0.05 and fewer[2] < 0, text, held)
 
 # %% ../../nbs/7_experiments/samplers.ipynb #plot
@@ -198,8 +200,9 @@ def plot(rows: list[dict]):
     mean = lambda a, n: float(np.mean([r[n] for r in rows if r["arm"] == a and n in r]))
     left.loglog(STEPS, [mean(f"ancestral {n}", "tv") for n in STEPS], "o-", ms=4, color="#0072B2")
     left.annotate("ancestral", (8, mean("ancestral 8", "tv")), (6, 4), textcoords="offset points", fontsize=8)
-    left.axhline(mean("surest draw", "tv"), color="#D55E00", ls="--", lw=1.5)
-    left.annotate("surest draw, one a step", (1, mean("surest draw", "tv")), (0, 4), textcoords="offset points", fontsize=8)
+    biased = mean("surest draw", "tv")
+    left.axhline(biased, color="#D55E00", ls="--", lw=1.5)
+    left.annotate("surest draw, one a step", (3, biased), (0, 4), textcoords="offset points", fontsize=8)
     left.set_xlabel("steps (blind order: 3 steps, error 0)", fontsize=8)
     left.set_ylabel("total variation from the language", fontsize=8); left.set_xticks(STEPS, map(str, STEPS))
     for n, arm in enumerate(dict.fromkeys(r["arm"] for r in rows if "judge" in r)):
@@ -207,6 +210,7 @@ def plot(rows: list[dict]):
         right.plot(x, y, "*" if arm == "unseen text" else "osD^vPXs<>"[n % 10], ms=11 if arm == "unseen text" else 6,
                    color="black" if arm == "unseen text" else f"C{n % 10}", label=arm)
     right.legend(fontsize=6.5, frameon=False, ncols=1, loc="center left", bbox_to_anchor=(1, 0.5))
-    right.set_xlabel("causal judge, nats a token", fontsize=8); right.set_ylabel("different pairs of tokens", fontsize=8)
+    right.set_xlabel("causal judge, nats a token", fontsize=8)
+    right.set_ylabel("different pairs of tokens", fontsize=8)
     for ax in (left, right): ax.tick_params(labelsize=7); ax.minorticks_off()
     return fig

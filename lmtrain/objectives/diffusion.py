@@ -7,8 +7,8 @@ from __future__ import annotations
 
 # %% auto #0
 __all__ = ['linear', 'cosine', 'GOLDEN', 'ROOT2', 'ROOT3', 'exact_k', 'Schedule', 'Polynomial', 'Cosine', 'polynomial', 'times',
-           'noised', 'Bounded', 'leftward', 'Diffusion', 'ranked', 'ExactK', 'Stepped', 'Bound', 'nelbo', 'nelbo_bits',
-           'jumps', 'Uniform', 'BlockDiffusion', 'ended']
+           'noised', 'Bounded', 'leftward', 'Diffusion', 'At', 'Stopped', 'ranked', 'ExactK', 'Stepped', 'Bound',
+           'nelbo', 'nelbo_bits', 'jumps', 'Uniform', 'BlockDiffusion', 'ended']
 
 # %% ../../nbs/1_objectives/12_diffusion.ipynb #imports-2
 import math
@@ -128,6 +128,27 @@ class Diffusion(Bounded):
         b = noised(b.set(order=torch.zeros_like(b.order)), noise, self.mask_id, self.schedule)
         return leftward(b) if self.shifted else b
 
+# %% ../../nbs/1_objectives/12_diffusion.ipynb #stopped
+@dataclass(frozen=True)
+class At(Schedule):
+    "A schedule whose clock has stopped at `t`, in (0,1]."
+    of: Schedule
+    t: float
+
+    def masks(self, t: Tensor, u: Tensor, may: Tensor, part: Tensor) -> tuple[Tensor, Tensor]:
+        return replace(self.of, eps=0.0).masks(torch.full_like(t, self.t), u, may, part)
+
+
+@dataclass
+class Stopped(Bounded):
+    "Diffusion at one t for all texts: what `explore` needs to show a slider for t."
+    mask_id: int
+    t: float = 0.5
+    schedule: Schedule = linear
+
+    def corrupt(self, b: Batch, noise: Noise) -> Batch:
+        return Diffusion(self.mask_id, At(self.schedule, max(self.t, 1e-3))).corrupt(b, noise)
+
 # %% ../../nbs/1_objectives/12_diffusion.ipynb #exact-k
 def ranked(u: Tensor, may: Tensor, part: Tensor) -> tuple[Tensor, Tensor]:
     "How many tokens that `may` have a smaller u in the same part, and how many there are: (B,T) long, (B,T) long."
@@ -200,20 +221,20 @@ def jumps(logits: Tensor, x: Tensor, z: Tensor, alpha: Tensor) -> Tensor:
 # %% ../../nbs/1_objectives/12_diffusion.ipynb #uniform
 @dataclass
 class Uniform(Bounded):
-    """Diffusion by uniform noise over the ids `ordinary`; trains the continuous-time bound. Austin et al. (2021).
+    """Diffusion by uniform noise over the ids `vocab`; trains the continuous-time bound. Austin et al. (2021).
 
-    Raises ValueError, when it corrupts, for an answer that is not an ordinary token.
+    Raises ValueError, when it corrupts, for an answer that is not among them.
     """
-    ordinary: range
+    vocab: range
     schedule: Schedule = linear
     forbid = ()
 
     def loss(self, model: LM, b: Batch) -> dict[str, Tensor]: return {self.name: self.terms(model, b).sum()}
 
     def corrupt(self, b: Batch, noise: Noise) -> Batch:
-        may, (first, K), eps = b.answer & (b.doc > 0), (self.ordinary[0], len(self.ordinary)), self.schedule.eps
+        may, (first, K), eps = b.answer & (b.doc > 0), (self.vocab[0], len(self.vocab)), self.schedule.eps
         if (may & ((b.clean < first) | (b.clean >= first + K))).any():
-            raise ValueError(f"Uniform: an answer lies outside {self.ordinary}: widen it, or do not ask for that token")
+            raise ValueError(f"Uniform: an answer lies outside {self.vocab}: widen it, or do not ask for that token")
         t = eps + (1 - 2 * eps) * times(b, noise)                                      # (B,T)
         new, alpha = first + (noise(b, 1) * K).long(), self.schedule.alpha(t)          # (B,T) (B,T)
         rate = self.schedule.weight(t) * self.schedule.hidden(t) / alpha / K           # (B,T)
@@ -222,7 +243,7 @@ class Uniform(Bounded):
                      weights=torch.where(may, rate, 0.0)).with_extra(alpha=alpha)
 
     def terms(self, model: LM, b: Batch) -> Tensor:
-        at, first, K = b.asked.clamp(min=0), self.ordinary[0], len(self.ordinary)      # (N,)
+        at, first, K = b.asked.clamp(min=0), self.vocab[0], len(self.vocab)      # (N,)
         logits = model.head(model(b).flatten(0, 1)[at]).float()[:, first:first + K]    # (N,K)
         x, z = ((c.flatten()[at] - first).clamp(0, K - 1) for c in (b.targets, b.ids))  # (N,) (N,)
         weights = torch.where(b.asked < 0, 0.0, b.weights.flatten()[at])               # (N,)

@@ -258,7 +258,10 @@ def forged(b: Batch, tokens: Tensor) -> Batch:
 # %% ../../nbs/1_objectives/10_masked.ipynb #rtd
 @dataclass
 class RTD(Objective):
-    "Replaced-token detection, for an `Electra`: fill the gaps of `mlm`, tell what was replaced. Clark et al. (2020)."
+    """Replaced-token detection, for an `Electra`: fill the gaps of `mlm`, tell what was replaced. Clark et al. (2020).
+
+    Raises TypeError for another model.
+    """
     mlm: MLM
     scale: float = 50.0  # of the discriminator's term
 
@@ -272,6 +275,7 @@ class RTD(Objective):
         return {"generator": (b.weights != 0).sum(), "discriminator": (b.answer & (b.doc > 0)).sum()}
 
     def loss(self, model: LM, b: Batch) -> dict[str, Tensor]:
+        if not hasattr(model, "generator"): raise TypeError("RTD needs two models: Electra(generator, discriminator)")
         pair = cast(Electra, model)
         logits = pair.generator.head(pair.generator(b).flatten(0, 1)[b.asked]).float()  # (N,V)
         targets = b.targets.flatten()[b.asked].masked_fill(b.asked < 0, -100)          # (N,)
