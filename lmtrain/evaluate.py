@@ -114,7 +114,7 @@ def likelihood(model: LM, items: Sequence[Example], batch: int = 32) -> np.ndarr
         with evaluating(model): out.append((logp(model, b) * b.weights).double().sum(1).cpu())  # (batch,)
     return torch.cat(out).numpy() if out else np.zeros(0)                              # (n,)
 
-
+# %% ../nbs/0_core/08_evaluate.ipynb #pseudo-likelihood
 def pseudo_likelihood(model: LM, items: Sequence[Example], mask_id: int, batch: int = 32, shifted: bool = False
                       ) -> np.ndarray:
     """Sum of the log-probabilities of each token given all others, in nats: (n,) float64. Salazar et al. (2020).
