@@ -9,7 +9,7 @@ ARGS ?=
 READY := $(VENV)/ready-$(shell cat pyproject.toml setup.py constraints.txt | cksum | tr ' ' '-')
 
 .DEFAULT_GOAL := help
-.PHONY: help tour test bench reproduce notebooks export lint readme clean
+.PHONY: help tour test browser bench reproduce notebooks export lint readme clean
 
 help: ## Show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -20,6 +20,9 @@ tour: $(READY) ## Train a language model on real text, about five minutes; ARGS=
 test: $(READY) ## Run all tests; ARGS="-k batch" for some of them
 	@echo "Running the tests ..."
 	@$(BIN)/python -m pytest $(ARGS)
+
+browser: $(READY)-browser ## Run the labs in Chromium, JupyterLab and Voila; Debian: apt install chromium
+	@$(BIN)/python -m pytest -m browser $(ARGS)
 
 bench: $(READY) ## Measure speed beside transformers' Trainer, about an hour on a quiet machine
 	@$(BIN)/python -m benchmarks.speed --compile
@@ -57,3 +60,7 @@ $(READY):
 	@$(PIP) install -c constraints.txt --no-build-isolation -e '.[dev]'
 	@touch $@
 	@echo "  done."
+
+$(READY)-browser: $(READY)
+	@$(PIP) install -c constraints.txt --no-build-isolation -e '.[dev,lab,browser]'
+	@touch $@

@@ -1,4 +1,4 @@
-"Everything is in pyproject.toml; this copies settings.ini and data/*.json into the wheel, as lmtrain/_data/."
+"Everything is in pyproject.toml; this copies settings.ini, data/*.json and the notebooks into the wheel, as lmtrain/_data/."
 import shutil
 from pathlib import Path
 
@@ -11,8 +11,10 @@ HERE = Path(__file__).parent
 class WithData(build_py):
     "The package's modules, and the data files beside them."
     def data(self) -> dict[Path, Path]:
-        return {source: Path(self.build_lib, "lmtrain", "_data", source.name)
-                for source in [HERE / "settings.ini", *sorted((HERE / "data").glob("*.json"))]}
+        to = Path(self.build_lib, "lmtrain", "_data")
+        files = {source: to / source.name for source in [HERE / "settings.ini", *sorted((HERE / "data").glob("*.json"))]}
+        books = [p for p in sorted((HERE / "nbs").rglob("*.ipynb")) if ".ipynb_checkpoints" not in p.parts]
+        return files | {p: to / p.relative_to(HERE) for p in books}
 
     def run(self):
         super().run()

@@ -1,4 +1,4 @@
-"The command line: `lmtrain tour`, `train`, `reproduce`, `generate`, `evaluate`, `data`, `doctor`."
+"The command line: `lmtrain tour`, `train`, `reproduce`, `lab`, `generate`, `evaluate`, `data`, `doctor`."
 # Heavy imports wait inside the commands, so that `lmtrain --help` answers at once. Every error is one line that says
 # what is wrong and what to do; `--debug` adds the traceback.
 from __future__ import annotations
@@ -127,6 +127,21 @@ def evaluate(model: Annotated[str, typer.Argument(help="A folder with a model, s
     rows = examples(corpus(data, column)["validation"]["text"][:], tok, lm.size.length)
     mean, low, high = bits_interval(lm, rows)
     print(f"{mean:.3f} bits per byte ({low:.3f} to {high:.3f}) on {rows.nbytes:,} bytes of {data}")
+
+
+@app.command()
+def lab(name: Annotated[Optional[str], typer.Argument(help="masking, noise or loss; without one, the notebooks.")] = None,
+        voila: Annotated[bool, typer.Option("--voila", help="Serve the lab alone, as an app.")] = False,
+        html: Annotated[Optional[str], typer.Option(help="Write the lab as one page that needs no kernel, and stop.")] = None,
+        folder: Annotated[str, typer.Option(help="Where your copy of the notebooks is.")] = "lmtrain-notebooks",
+        port: Annotated[int, typer.Option(help="The server's port; by default a free one.")] = 0,
+        browser: Annotated[bool, typer.Option(help="Open a browser.")] = True) -> None:
+    "Open a lab, or the notebooks, in JupyterLab: on this machine only, behind a token."
+    from pathlib import Path
+    from .labs.serve import serve, write_page
+    if html is None: raise typer.Exit(serve(name, Path(folder), voila, port, browser))
+    if name is None: raise ValueError("name the lab that is to be written: lmtrain lab masking --html masking.html")
+    print(f"written: {write_page(name, Path(html))}")
 
 
 @data_app.command("list")

@@ -1,6 +1,8 @@
-"""Every notebook runs from top to bottom, in this process, with nbdev's own runner."""
+"""Every notebook runs from top to bottom with nbdev's own runner: two at a time, each in a process with half the cores."""
 import json
+import multiprocessing
 import os
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -11,26 +13,34 @@ ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if not p.name.startswith(("_", ".")))
 
 
-@pytest.fixture(autouse=True)
-def stay(monkeypatch):
-    "The runner changes folders and sets IN_TEST; put both back."
-    monkeypatch.chdir(ROOT); monkeypatch.setenv("IN_TEST", "1"); monkeypatch.setenv("MPLBACKEND", "agg")
-    yield
-    os.chdir(ROOT)
+def prepare() -> None:
+    "In a process that runs notebooks: its share of the cores, no windows."
+    os.environ |= {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 2) // 2)), "IN_TEST": "1", "MPLBACKEND": "agg"}
 
 
 def runs(path: Path) -> bool:
+    "Does every cell run? The runner changes folders, so one says where it is each time."
+    os.chdir(ROOT)
     return run_nb(path, skip_flags=get_config().tst_flags.split(), basepath=ROOT, cell_timeout=None)[0]
 
 
+@pytest.fixture(scope="module")
+def running(request):
+    "The notebooks that were asked for, all under way, the largest first."
+    wanted = {i.callspec.params["path"] for i in request.session.items if i.name.startswith("test_notebook[")}
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn"), prepare) as pool:
+        yield {p: pool.submit(runs, p) for p in sorted(wanted, key=lambda p: -p.stat().st_size)}
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
-def test_notebook(path):
+def test_notebook(path, running):
     "Each cell runs, and so each assertion in it holds."
-    assert runs(path)
+    assert running[path].result()
 
 
-def test_a_failing_notebook_is_noticed(tmp_path):
+def test_a_failing_notebook_is_noticed(tmp_path, monkeypatch):
     "Negative control: a cell with a false assertion."
+    monkeypatch.chdir(ROOT); monkeypatch.setenv("IN_TEST", "1"); monkeypatch.setenv("MPLBACKEND", "agg")
     for code, fine in ("assert 1 + 1 == 2", True), ("assert 1 + 1 == 3", False):
         cell = {"cell_type": "code", "id": "only", "metadata": {}, "execution_count": None, "outputs": [], "source": [code]}
         notebook = {"cells": [cell], "metadata": {}, "nbformat": 4, "nbformat_minor": 5}

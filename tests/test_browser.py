@@ -1,0 +1,386 @@
+"""The labs in a real browser: as a page of their own, in JupyterLab and in Voila. `make browser` runs these.
+
+What the page shows is compared with what Python computes; pictures go to the folder $LMTRAIN_PICTURES, if it is set.
+"""
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from urllib.request import urlopen
+
+import numpy as np
+import pytest
+
+from lmtrain import CLM, Loader, examples, train_bpe
+from lmtrain.labs.loss import LossLab, costs
+from lmtrain.labs.masking import MaskingLab
+from lmtrain.labs.noise import NoiseLab
+from lmtrain.labs.shared import page as page_of
+from lmtrain.objectives.masked import MLM
+
+pytestmark = pytest.mark.browser
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+         "--disable-component-update", "--disable-sync"]
+LONG = "The king is not himself, but basely led by flatterers. " * 16  # more than 256 tokens
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    from playwright.sync_api import sync_playwright
+    assert CHROMIUM, "install Chromium (Debian: apt install chromium): these tests need a browser"
+    with sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=CHROMIUM, headless=True, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def view(chromium):
+    "A function that opens an address; it keeps what went wrong and who was asked."
+    pages = []
+    def open_(address: str, width=1200, dark=False):
+        page = chromium.new_page(viewport={"width": width, "height": 900}, color_scheme="dark" if dark else "light")
+        page.wrong, page.asked = [], []
+        page.on("pageerror", lambda e: page.wrong.append(str(e)))
+        page.on("request", lambda r: page.asked.append(r.url))
+        page.goto(address)
+        pages.append(page)
+        return page
+    yield open_
+    for p in pages: p.close()
+
+
+def keep(page, name: str) -> None:
+    if folder := os.environ.get("LMTRAIN_PICTURES"):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        page.screenshot(path=f"{folder}/{name}.png", full_page=True)
+
+
+def numbers(page, attribute: str, inside: str = ".lm-tokens") -> list[float]:
+    "An attribute of each token, in order."
+    return page.evaluate("([n, s]) => [...document.querySelector(s).children].map((e) => Number(e.dataset[n]))", [attribute, inside])
+
+
+def put(page, knob: str, value) -> None:
+    "Give a slider or a field a value, as a hand would: with its event."
+    page.evaluate("""([k, v]) => { const e = document.querySelector(`.lm-lab [data-knob="${k}"]`);
+      if (e.type === "checkbox") e.click(); else { e.value = v; e.dispatchEvent(new Event("input", {bubbles: true}));
+      e.dispatchEvent(new Event("change", {bubbles: true})); } }""", [knob, value])
+
+
+OVERLAPS = """() => {
+  const out = [], all = [...document.querySelectorAll(".lm-lab .lm-token, .lm-lab select, .lm-lab button, .lm-lab input, .lm-lab canvas, .lm-lab svg.lm-plot, .lm-lab table")];
+  const boxes = all.filter((e) => e.checkVisibility()).map((e) => [e, e.getBoundingClientRect()]);
+  for (let i = 0; i < boxes.length; i++) for (let j = 0; j < i; j++) {
+    const [[a, x], [b, y]] = [boxes[i], boxes[j]];
+    if (a.contains(b) || b.contains(a) || a.closest(".lm-tokens") !== b.closest(".lm-tokens") && (a.closest(".lm-tokens") || b.closest(".lm-tokens"))) continue;
+    if (Math.min(x.right, y.right) - Math.max(x.left, y.left) > 1 && Math.min(x.bottom, y.bottom) - Math.max(x.top, y.top) > 1) out.push(a.outerHTML.slice(0, 80) + " / " + b.outerHTML.slice(0, 80));
+  }
+  if (document.documentElement.scrollWidth > innerWidth) out.push(`wider than the window: ${document.documentElement.scrollWidth}`);
+  for (const [e, x] of boxes) if (x.right > innerWidth + 1 || x.left < -1) out.push("outside: " + e.outerHTML.slice(0, 80));
+  return out;
+}"""
+
+
+def file_of(lab, folder: Path) -> str:
+    path = folder / "lab.html"
+    path.write_text(page_of(lab, "a lab"), encoding="utf-8")
+    return path.as_uri()
+
+
+LABS = {"masking": MaskingLab, "noise": NoiseLab, "loss": LossLab}
+
+
+@pytest.mark.parametrize("name", LABS)
+@pytest.mark.parametrize("width", [700, 1600])
+@pytest.mark.parametrize("dark", [False, True])
+def test_a_page_of_its_own(name, width, dark, view, tmp_path):
+    "Nothing overlaps or sticks out, nothing goes wrong, nobody is asked; every control has a name and can be reached."
+    page = view(file_of(LABS[name](), tmp_path), width, dark)
+    page.wait_for_selector(".lm-tokens > *")
+    assert not page.wrong and [u for u in page.asked if not u.startswith(("file:", "data:"))] == []
+    assert page.evaluate(OVERLAPS) == []
+    unnamed = page.evaluate("""() => [...document.querySelectorAll(".lm-lab input, .lm-lab select, .lm-lab textarea, .lm-lab canvas, .lm-lab svg")]
+      .filter((e) => !e.ariaLabel && !e.labels?.length).map((e) => e.outerHTML.slice(0, 90))""")
+    assert unnamed == []
+    keep(page, f"{name}-{width}-{'dark' if dark else 'light'}")
+
+
+def test_overlap_is_noticed(view, tmp_path):
+    "The control of the test above: a token that is moved over its neighbour, and one that leaves the window."
+    page = view(file_of(MaskingLab(), tmp_path))
+    page.wait_for_selector(".lm-token")
+    page.evaluate("() => { document.querySelectorAll('.lm-token')[1].style.marginLeft = '-20px'; }")
+    assert page.evaluate(OVERLAPS)
+    page.evaluate("() => { document.querySelectorAll('.lm-token')[1].style.cssText = 'margin-left: 4000px'; }")
+    assert page.evaluate(OVERLAPS)
+
+
+def test_masking_page_is_pythons(view, tmp_path):
+    "Each question of the menu, each of its controls moved: tokens, answers and weights are those that Python computes."
+    lab = MaskingLab(text="Now is the winter of our discontent\nmade glorious summer by this sun of York.")
+    page = view(file_of(lab, tmp_path))
+    moved = 0
+    for k, entry in enumerate(lab.menu):
+        page.select_option(".lm-lab select >> nth=0", str(k))
+        lab.chosen, lab.values = k, {}
+        knobs = page.evaluate("() => [...document.querySelectorAll('.lm-knobs [data-knob]')].map((e) => [e.dataset.knob, e.type, Number(e.min), Number(e.max)])")
+        for knob, kind, low, high in [("seed", "number", 0, 14), *knobs]:
+            value = (not entry["objective"][knob]) if kind == "checkbox" else round(low + .5 * (high - low), 1) if high <= 1 else int((low + high) / 2)
+            put(page, knob, value)
+            if knob == "seed": lab.seed = value
+            else: lab.values = {**lab.values, knob: value}
+            try: b = lab.painted
+            except ValueError: assert page.inner_text(".lm-count"); continue
+            assert numbers(page, "id") == b.ids[0].tolist(), (entry["name"], knob)
+            np.testing.assert_allclose(numbers(page, "weight"), b.weights[0].tolist(), rtol=1e-4)
+            asked = (b.weights[0] != 0).tolist()
+            assert [v for v, a in zip(numbers(page, "target"), asked, strict=True) if a] == b.targets[0][b.weights[0] != 0].tolist()
+            moved += 1
+    assert moved > 30 and not page.wrong
+
+
+def test_rate_only_grows(view, tmp_path):
+    "With the slider to the right the hidden tokens only become more; at another seed they are others."
+    page = view(file_of(MaskingLab(text=LONG[:200]), tmp_path))
+    page.select_option(".lm-lab select >> nth=0", "1")
+    hidden = []
+    for rate in (.1, .3, .5, .8):
+        put(page, "rate", rate)
+        hidden.append({t for t, w in enumerate(numbers(page, "weight")) if w})
+    assert hidden[0] < hidden[1] < hidden[2] < hidden[3]
+    put(page, "rate", .3); put(page, "seed", 1)
+    assert {t for t, w in enumerate(numbers(page, "weight")) if w} != hidden[1]
+
+
+def test_hovering_links(view, tmp_path):
+    "Pointing at a token dims exactly what it does not see."
+    lab = MaskingLab()
+    page = view(file_of(lab, tmp_path))
+    page.hover(".lm-token >> nth=5")
+    dim = page.evaluate("() => [...document.querySelectorAll('.lm-token')].map((e) => e.classList.contains('lm-unseen'))")
+    assert dim == (~lab.painted.sees[0, 5]).tolist()
+
+
+def test_code_makes_the_batch(view, tmp_path):
+    "What `copy as code` gives, run by Python, is the row that is shown."
+    lab = MaskingLab()
+    page = view(file_of(lab, tmp_path))
+    for k, m in enumerate(lab.menu):
+        if m["objective"]["kind"] in ("SpanCorrupt", "UL2"): continue
+        page.select_option(".lm-lab select >> nth=0", str(k))
+        page.click("text=copy as code")
+        code = page.inner_text(".lm-code")
+        space = {"tok": lab.tok}
+        exec(code, space)  # our own text
+        assert space["b"].ids[0].tolist() == numbers(page, "id"), code
+
+
+def test_noise_page_is_pythons(view, tmp_path):
+    "Three kinds, four schedules, several t and seeds: what is read is what Python computes; the writings can be stepped through."
+    lab = NoiseLab()
+    page = view(file_of(lab, tmp_path))
+    for kind in range(3):
+        for schedule in range(4):
+            for t, seed in ((0, 1), (.37, 5), (.9, 5)):
+                put(page, "kind", kind); put(page, "schedule", schedule); put(page, "t", t); put(page, "seed", seed)
+                lab.kind, lab.schedule, lab.t, lab.seed = kind, schedule, float(t), seed
+                assert numbers(page, "id") == lab.noised["ids"], (kind, schedule, t)
+    w = lab.writings[3]
+    put(page, "right", 3)
+    for step in (0, 7, max(w["when"])):
+        put(page, "step", step)
+        shown = numbers(page, "id", ".lm-sides > div:nth-child(2) .lm-tokens")
+        assert shown == [i if when <= step else -1 for i, when in zip(w["ids"], w["when"], strict=True)]
+    assert not page.wrong
+
+
+def test_noise_plays(view, tmp_path):
+    "The play buttons move t and the step by themselves, and stop when pressed again."
+    page = view(file_of(NoiseLab(), tmp_path))
+    page.click("text=play noise")
+    page.wait_for_function("() => Number(document.querySelector('[data-knob=t]').value) > .5")
+    page.click("text=pause")
+    page.click("text=play writing")
+    page.wait_for_function("() => Number(document.querySelector('[data-knob=step]').value) > 3")
+    assert not page.wrong
+
+
+def test_loss_page_is_pythons(view, tmp_path):
+    "Each reader, several temperatures and smoothings: each token's cost is PyTorch's; a click lists what was expected."
+    lab = LossLab()
+    page = view(file_of(lab, tmp_path))
+    for k, run in enumerate(lab.runs):
+        put(page, "left", k)
+        for heat, smooth in ((1, 0), (.5, .1), (2, .3)):
+            put(page, "temperature", heat); put(page, "smoothing", smooth)
+            np.testing.assert_allclose(numbers(page, "cost"), costs(run, heat, smooth), rtol=1e-6, atol=1e-9)
+    page.click(".lm-cost >> nth=6")
+    ps = page.evaluate("() => [...document.querySelector('.lm-habits').querySelectorAll('[data-p]')].map((e) => Number(e.dataset.p))")
+    assert 8 <= len(ps) <= 9 and ps[:8] == sorted(ps[:8], reverse=True) and sum(ps) <= 1
+    page.keyboard.press("Tab"); page.keyboard.press("Enter")
+    assert page.evaluate("() => document.querySelector('.lm-cost.lm-here').dataset.t") == "7"
+
+
+BOOK = """
+import json
+import ipywidgets as w
+from lmtrain import Loader, examples, train_bpe
+from lmtrain.labs.masking import MaskingLab
+from lmtrain.objectives.masked import MLM
+from pydoc_data.topics import topics
+tok = train_bpe(list(topics.values()), 400)
+loader = Loader(examples(list(topics.values())[:40], tok, 48), MLM(tok.mask_token_id, range(7, 400)), 4, 48, seed=3)
+lab = MaskingLab(tok, loader=loader, steps=3)
+echo = w.HTML()
+def tell(_=None): echo.value = f"<code class='echo'>{json.dumps([lab.step, lab.seed, lab.values, lab.painted.ids[0].tolist()])}</code>"
+lab.observe(tell); tell()
+truth = w.HTML("<code class='truth'>" + json.dumps([b.ids[0].tolist() for _, b in zip(range(3), loader)]) + "</code>")
+w.VBox([lab, echo, truth])
+"""
+
+
+@pytest.fixture(scope="module")
+def book(tmp_path_factory):
+    "A notebook whose cell shows the masking lab over a loader, and says what Python knows."
+    from lmtrain.labs.serve import notebook
+    nb = json.loads(notebook("masking"))
+    nb["cells"][1]["source"] = BOOK
+    path = tmp_path_factory.mktemp("book") / "book.ipynb"
+    path.write_text(json.dumps(nb))
+    return path
+
+
+def free() -> int:
+    with socket.socket() as s: s.bind(("127.0.0.1", 0)); return s.getsockname()[1]
+
+
+def started(line: list[str], address: str, log: Path):
+    "A server of our own, once it answers."
+    server = subprocess.Popen(line, stdout=log.open("w"), stderr=subprocess.STDOUT, start_new_session=True)
+    for _ in range(300):
+        try: urlopen(address, timeout=2).read(1); return server
+        except OSError as e:
+            if getattr(e, "code", 0) in (302, 401, 403, 405): return server
+            assert server.poll() is None, log.read_text()[-2000:]
+            time.sleep(.2)
+    raise AssertionError(log.read_text()[-2000:])
+
+
+def told(page) -> list: return json.loads(page.inner_text(".echo"))
+
+
+def check_host(page, host: str) -> None:
+    "Every batch of the loader, then a slider: what is seen is what Python computed, in a host with a kernel."
+    page.wait_for_selector(".lm-token", timeout=120_000)
+    truth = json.loads(page.inner_text(".truth"))
+    for step in range(3):
+        page.select_option(".lm-lab select >> nth=1", str(step))
+        page.wait_for_function("(s) => JSON.parse(document.querySelector('.echo').innerText)[0] === s", arg=step)
+        assert numbers(page, "id") == truth[step] == told(page)[3]
+    put(page, "rate", .8)
+    page.wait_for_function("() => JSON.parse(document.querySelector('.echo').innerText)[2].rate === .8")
+    assert numbers(page, "id") == told(page)[3] != truth[2]
+    page.select_option(".lm-lab select >> nth=1", "-1")
+    page.fill(".lm-lab textarea", "A text of my own")
+    page.wait_for_function("() => JSON.parse(document.querySelector('.echo').innerText)[0] === -1")
+    page.wait_for_timeout(500)
+    assert numbers(page, "id") == told(page)[3]
+    keep(page, f"masking-{host}")
+
+
+def test_static_page_over_a_loader(view, tmp_path):
+    "The page without a kernel paints the loader's batches, token for token."
+    from pydoc_data.topics import topics
+    tok = train_bpe(list(topics.values()), 400)
+    items = examples(list(topics.values())[:40], tok, 48)
+    for o in (MLM(tok.mask_token_id, range(7, 400)), CLM()):
+        page = view(file_of(MaskingLab(tok, loader=Loader(items, o, 4, 48, seed=3), steps=3), tmp_path))
+        for step, b in zip(range(3), Loader(items, o, 4, 48, seed=3), strict=False):
+            page.select_option(".lm-lab select >> nth=1", str(step))
+            for r in range(len(b)):
+                put(page, "row", r)
+                assert numbers(page, "id") == b.ids[r].tolist()
+                np.testing.assert_allclose(numbers(page, "weight"), b.weights[r])
+
+
+def run_all(page) -> None:
+    "Run All Cells; again if the kernel was not listening yet."
+    for _ in range(5):
+        page.click('div.lm-MenuBar-itemLabel:has-text("Run")')
+        page.click('.lm-Menu-itemLabel:text-is("Run All Cells")')
+        try: return page.wait_for_selector(".lm-token", timeout=20_000) and None
+        except Exception: page.keyboard.press("Escape")
+    raise AssertionError("the notebook did not run")
+
+
+def test_voila(book, view, tmp_path):
+    "Voila: the loader's batches, a slider, a text; nobody is asked but the host, and by the host for its icons."
+    port = free()
+    server = started([sys.executable, "-m", "voila", str(book), "--no-browser", f"--port={port}", "--Voila.ip=127.0.0.1",
+                      "--token=secret"], f"http://127.0.0.1:{port}/static/voila.js", tmp_path / "log")
+    try:
+        page = view(f"http://127.0.0.1:{port}/?token=secret")
+        check_host(page, "voila")
+        others = [u for u in page.asked if "127.0.0.1" not in u and not u.startswith(("data:", "blob:"))]
+        assert all("fontawesome" in u for u in others), others  # Voila's own theme asks for it; the lab asks nobody
+    finally: server.terminate(); server.wait(20)
+
+
+def test_jupyterlab(book, view, tmp_path):
+    "JupyterLab: the same, after Run All."
+    from lmtrain.labs.serve import command
+    port = free()
+    line = command(book.parent, "book", False, port, "secret", browser=False)
+    server = started(line, f"http://127.0.0.1:{port}/api", tmp_path / "log")
+    try:
+        page = view(f"http://127.0.0.1:{port}/lab/tree/book.ipynb?token=secret&reset")
+        page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=60_000)
+        page.wait_for_selector(".jp-Notebook-ExecutionIndicator[data-status=idle]", state="attached", timeout=60_000)
+        run_all(page)
+        check_host(page, "jupyterlab")
+        assert [u for u in page.asked if "127.0.0.1" not in u and not u.startswith(("data:", "blob:"))] == []
+    finally: server.terminate(); server.wait(20)
+
+
+def test_learning_in_a_kernel(view, tmp_path):
+    "The loss lab in Voila: play, pause, step and reset; the curve grows, falls and begins again."
+    from lmtrain.labs.serve import notebook
+    nb = json.loads(notebook("loss"))
+    nb["cells"][1]["source"] = """
+import torch
+from lmtrain import CLM, Loader, Size, Trainer, Transformer, examples, train_bpe
+from lmtrain.labs.loss import LossLab
+from pydoc_data.topics import topics
+torch.manual_seed(0); torch.set_num_threads(1)
+tok = train_bpe(list(topics.values()), 400)
+rows = examples(list(topics.values())[:60], tok, 48)
+model = Transformer(Size(vocab=len(tok), dim=32, heads=2, layers=1, length=48))
+LossLab(trainer=Trainer(model, CLM(), Loader(rows[20:], CLM(), 8, 48), lr=3e-3, steps=10**4), held=rows[:20], tok=tok)
+"""
+    book, port = tmp_path / "book.ipynb", free()
+    book.write_text(json.dumps(nb))
+    server = started([sys.executable, "-m", "voila", str(book), "--no-browser", f"--port={port}", "--Voila.ip=127.0.0.1",
+                      "--token=secret"], f"http://127.0.0.1:{port}/static/voila.js", tmp_path / "log")
+    try:
+        page = view(f"http://127.0.0.1:{port}/?token=secret")
+        page.wait_for_selector("[data-knob=play]", timeout=120_000)
+        steps = "() => Number(document.querySelector('[data-knob=play]').closest('.lm-lab').innerText.match(/(\\d+) steps: loss/)[1])"
+        page.click("[data-knob=play]")
+        page.wait_for_function(f"() => ({steps})() > 30", timeout=60_000)
+        page.click("[data-knob=play]")
+        page.wait_for_timeout(1000)
+        now = page.evaluate(steps)
+        page.click("[data-knob=step]")
+        page.wait_for_function(f"(n) => ({steps})() === n + 1", arg=now)
+        losses = [float(v) for v in page.inner_text(".lm-lab").split(" steps: loss ")[1].replace(",", " ").split()[:1]]
+        assert losses[0] < np.log(len(train_bpe(["a"], 400)) + 400)
+        keep(page, "loss-voila")
+        page.click("[data-knob=reset]")
+        page.wait_for_function(f"() => ({steps})() === 0")
+    finally: server.terminate(); server.wait(20)
