@@ -30,10 +30,11 @@ const chunks = [];
 for await (const c of process.stdin) chunks.push(c);
 const tools = {{
   ...core,
+  halves: (text) => [...core.halves(text)],
   table: (V, D) => [...core.directions(V, D)],
   shaken: (ids, V, D, t, noise, may) => core.gaussian(ids, core.directions(V, D), D, t, noise, may),
   cost: (r, o) => {{ const flat = core.halves(r.logits), V = flat.length / r.ids.length;
-    return r.ids.map((id, t) => (t ? core.nll(flat.slice(t * V, (t + 1) * V), id, o) : 0)); }},
+    return r.ids.map((id, t) => (t ? core.nll(flat.subarray(t * V, (t + 1) * V), id, o) : 0)); }},
   see: (row) => row.ids.map((_, i) => row.ids.map((_, j) => core.sees(row)(i, j))),
   wrong: (o, row, noise) => {{ try {{ core.corrupt(o, row, noise); return null; }} catch (e) {{ return e.message; }} }},
   read: (json, texts) => {{ const t = core.tokenizer(json);

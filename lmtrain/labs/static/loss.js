@@ -9,7 +9,7 @@ const TOP = 8; // alternatives that are listed
 /** A run with its logits as rows of numbers: {name, about, ids, rows}. */
 export function opened(run) {
   const flat = core.halves(run.logits), V = flat.length / run.ids.length;
-  return { ...run, V, rows: run.ids.map((_, t) => flat.slice(t * V, (t + 1) * V)) };
+  return { ...run, V, rows: run.ids.map((_, t) => flat.subarray(t * V, (t + 1) * V)) };
 }
 
 /** What each token costs in nats; nothing for the first. */
@@ -19,16 +19,23 @@ export function costs(run, options) {
 
 const mean = (c) => c.slice(1).reduce((s, v) => s + v, 0) / Math.max(1, c.length - 1);
 
+/** Buttons with what each token costs; made once for a run, then only changed. */
 function tokens(box, run, cost, tok, chosen, pick) {
   const most = Math.log(run.V);
-  const one = (id, t) => {
-    const e = h("button", { type: "button", class: `lm-token lm-cost${t === chosen ? " lm-here" : ""}`, "data-t": t, "data-cost": cost[t], disabled: t === 0,
-      "aria-pressed": String(t === chosen), title: t ? `${tok.shown(id)} costs ${cost[t].toFixed(3)} nats, ${(cost[t] / Math.LN2).toFixed(2)} bits; probability ${Math.exp(-cost[t]).toPrecision(3)}` : "given",
-      onclick: () => pick(t) }, h("b", {}, tok.shown(id)), h("small", {}, t ? cost[t].toFixed(2) : "\u00a0"));
+  if (box.shown !== run) {
+    box.shown = run;
+    box.replaceChildren(...run.ids.map((id, t) => h("button", { type: "button", class: "lm-token lm-cost", "data-t": t, disabled: t === 0, onclick: () => pick(t) },
+      h("b", {}, tok.shown(id)), h("small", {}, "\u00a0"))));
+  }
+  [...box.children].forEach((e, t) => {
+    e.dataset.cost = cost[t];
+    e.classList.toggle("lm-here", t === chosen);
+    e.ariaPressed = String(t === chosen);
+    if (!t) { e.title = "given"; return; }
+    e.title = `costs ${cost[t].toFixed(3)} nats, ${(cost[t] / Math.LN2).toFixed(2)} bits; probability ${Math.exp(-cost[t]).toPrecision(3)}`;
+    e.lastChild.firstChild.data = cost[t].toFixed(2);
     e.style.setProperty("--lm-heat", `${Math.round(Math.min(100, 60 * cost[t] / most))}%`);
-    return e;
-  };
-  box.replaceChildren(...run.ids.map(one));
+  });
 }
 
 /** The likeliest tokens at a place, and what the loss would be if each were true. */
@@ -67,9 +74,7 @@ function render({ model, el }) {
       p.choose.value = some.indexOf(run);
       p.about.textContent = run.about;
       p.count.textContent = `${mean(cost).toFixed(3)} nats a token: as unsure as among ${Math.exp(mean(cost)).toFixed(1)} tokens`;
-      const focused = p.box.contains(document.activeElement);
       tokens(p.box, run, cost, tok, chosen, (t) => put("chosen", t));
-      if (focused) p.box.children[chosen].focus();
       p.list.replaceChildren(table(run, chosen, tok, o));
       return { run, cost };
     });

@@ -109,10 +109,15 @@ function matrix(canvas, row, active) {
   canvas.width = canvas.height = T * scale;
   const [on, off, hot] = ["--lm-blue", "--lm-faint", "--lm-orange"].map((n) => getComputedStyle(canvas).getPropertyValue(n));
   let pairs = 0;
+  const seen = new Uint8Array(T * T);
+  for (let i = 0; i < T; i++) if (row.doc[i]) for (let j = 0; j < T; j++) if (may(i, j)) { seen[i * T + j] = 1; pairs++; }
   c.fillStyle = off; c.fillRect(0, 0, T * scale, T * scale); c.fillStyle = on;
-  for (let i = 0; i < T; i++) for (let j = 0; j < T; j++) if (row.doc[i] && may(i, j)) {
-    pairs++;
-    c.fillRect(j * scale, i * scale, scale > 2 ? scale - 1 : scale, scale > 2 ? scale - 1 : scale);
+  const edge = scale > 2 ? 1 : 0;
+  for (let i = 0; i < T; i++) for (let j = 0, from = 0; j <= T; j++) { // runs of pairs, or one by one where a grid is drawn
+    if (j < T && seen[i * T + j] && !edge) continue;
+    if (edge && j < T && seen[i * T + j]) c.fillRect(j * scale, i * scale, scale - 1, scale - 1);
+    if (!edge && j > from) c.fillRect(from * scale, i * scale, (j - from) * scale, scale);
+    from = j + 1;
   }
   if (active >= 0) { c.globalAlpha = 0.45; c.fillStyle = hot; c.fillRect(0, active * scale, T * scale, scale); c.globalAlpha = 1; }
   canvas.setAttribute("aria-label", `Who sees whom: ${pairs} of ${T * T} pairs. A row is a token that reads, a column one that is read.`);
