@@ -23,7 +23,7 @@ def packages() -> list[Line]:
     lines: list[Line] = []
     for text in asked:
         r = Requirement(text)
-        extra = next((e for e in ("dev", "lab", "docs") if r.marker and not r.marker.evaluate({"extra": ""})
+        extra = next((e for e in ("dev", "lab", "docs", "browser") if r.marker and not r.marker.evaluate({"extra": ""})
                       and r.marker.evaluate({"extra": e})), None)
         try: found = version(r.name)
         except PackageNotFoundError:

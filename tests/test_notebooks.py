@@ -14,7 +14,8 @@ NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if not p.name.star
 
 
 def prepare() -> None:
-    "In a process that runs notebooks: its share of the cores, no windows."
+    "In a process that runs notebooks: its share of the cores, no windows, no worker's name."
+    multiprocessing.current_process().name = "MainProcess"  # transformers' collator takes no seed in a worker
     os.environ |= {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 2) // 2)), "IN_TEST": "1", "MPLBACKEND": "agg"}
 
 

@@ -23,7 +23,9 @@ print(CLM().corrupt(collate([Example([1, 2, 3])]), Noise()))
 
 def missing(wheel: Path) -> set[str]:
     "Modules and data files of the project that a wheel lacks."
-    want = {p.relative_to(ROOT).as_posix() for p in (ROOT / "lmtrain").rglob("*") if p.suffix in (".py", ".js", ".css")}
+    want = {p.relative_to(ROOT).as_posix() for p in (ROOT / "lmtrain").rglob("*") if p.suffix in (".py", ".js", ".css", ".json")}
+    want |= {f"lmtrain/_data/{p.relative_to(ROOT).as_posix()}" for p in (ROOT / "nbs").rglob("[!.]*.ipynb")
+             if ".ipynb_checkpoints" not in p.parts}
     want |= {f"lmtrain/_data/{p.name}" for p in [ROOT / "settings.ini", *(ROOT / "data").glob("*.json")]}
     return want - set(zipfile.ZipFile(wheel).namelist())
 
