@@ -173,6 +173,8 @@ def train(job: Job, out: str | Path, say: Callable[[str], object] = print) -> Hi
     trainer = Trainer(model, objective, loader, job.lr, job.steps, job.window, accelerator=accelerator,
                       optimizer=fitting_optimizer(model, job.rows * job.window * job.length), bf16=native_bf16())
     finish(trainer, job, out, held, tok, tell)
+    accelerator.wait_for_everyone()
+    accelerator.end_training()  # all leave the group together: a rank that just stopped could abort on its way out
     return trainer.history
 
 # %% ../nbs/8_tour/82_run.ipynb #finish

@@ -46,7 +46,7 @@ function table(run, t, tok, options) {
     h("td", { class: "lm-bar-cell" }, h("div", { class: "lm-share lm-share-1", style: `width:${(100 * r.p).toFixed(2)}%` })),
     h("td", { class: "lm-number", "data-p": r.p }, `${(100 * r.p).toFixed(1)} %`), h("td", { class: "lm-number", "data-nats": r.nats }, r.nats.toFixed(2)));
   return h("table", { class: "lm-habits" }, h("caption", {}, `${run.name}: what it expects at place ${t}`),
-    h("thead", {}, h("tr", {}, ...["token", "", "probability", "loss if it is true"].map((w) => h("th", { scope: "col" }, w)))), h("tbody", {}, ...best.map(line)));
+    h("thead", {}, h("tr", {}, ...["token", "", "probability", "loss if true"].map((w) => h("th", { scope: "col" }, w)))), h("tbody", {}, ...best.map(line)));
 }
 
 function bars(both, tok) {
