@@ -20,7 +20,8 @@ from lmtrain.model import Size, Transformer, config_of
 from lmtrain.objective import CLM
 from lmtrain.optim import adamw, warmup_decay
 from lmtrain.text import Rows, examples, train_bpe
-from lmtrain.train import Callback, Loader, Trainer
+from lmtrain.loader import Loader
+from lmtrain.train import Callback, Trainer
 
 T, ROWS, VOCAB = 256, 16, 2048
 SIZES = {"1M": Size(VOCAB, 128, 2, layers=4, length=T), "10M": Size(VOCAB, 384, 6, layers=5, length=T)}

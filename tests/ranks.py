@@ -8,9 +8,11 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from lmtrain.batch import Example
 from lmtrain.checkpoint import Save, kept, load_state, restore, trainer_state
-from lmtrain.model import Pretrained, Size, Transformer
+from lmtrain.model import Size, Transformer
+from lmtrain.pretrained import Pretrained
 from lmtrain.objective import CLM
-from lmtrain.train import Callback, Loader, Trainer, fitting_accelerator
+from lmtrain.loader import Loader
+from lmtrain.train import Callback, Trainer, fitting_accelerator
 
 accelerator, folder = fitting_accelerator(), Path(sys.argv[1])
 rank, items = accelerator.process_index, [Example([1, *range(5 + i, 15 + i)]) for i in range(16)]

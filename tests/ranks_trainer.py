@@ -8,7 +8,7 @@ from transformers import Trainer as TheirTrainer
 from transformers import TrainingArguments
 
 from lmtrain.batch import Noise, collate
-from lmtrain.model import Pretrained
+from lmtrain.pretrained import Pretrained
 from lmtrain.objective import for_trainer, read_row
 from lmtrain.objectives.diffusion import Diffusion
 from lmtrain.objectives.masked import MLM

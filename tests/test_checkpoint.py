@@ -18,7 +18,8 @@ from lmtrain.checkpoint import Save, kept, latest, load_state, restore, resume, 
 from lmtrain.model import Size, Transformer
 from lmtrain.objective import CLM
 from lmtrain.optim import adamw, muon
-from lmtrain.train import Callback, Loader, Trainer
+from lmtrain.loader import Loader
+from lmtrain.train import Callback, Trainer
 
 
 class Stop(Callback):

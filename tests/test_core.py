@@ -13,11 +13,13 @@ from lmtrain.batch import Example, Noise, Trace, collate
 from lmtrain.checkpoint import Save, restore, trainer_state
 from lmtrain.evaluate import Evaluate, bits_interval, held_loss, likelihood, row_bits
 from lmtrain.generation import fill, generate, left_to_right, until
-from lmtrain.model import Cache, Pretrained, Size, Transformer, evaluating, load, save, to_transformers, with_heads
+from lmtrain.model import Cache, Size, Transformer, evaluating, load, save, to_transformers, with_heads
+from lmtrain.pretrained import Pretrained
 from lmtrain.objective import CLM, Objective, PrefixLM, hide, shift
 from lmtrain.optim import adamw, matrices, muon
 from lmtrain.text import examples, train_bpe, train_chars
-from lmtrain.train import Callback, History, Loader, Task, Trainer
+from lmtrain.loader import Loader
+from lmtrain.train import Callback, History, Task, Trainer
 from lmtrain.views import Explore, Watch, compare, explore, paint, paint_trace, replay
 
 TEXT = ["the ship sails at dawn. ", "the sea is calm and low. "] * 8

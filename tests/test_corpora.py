@@ -16,8 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lmtrain import corpora
+from lmtrain.files import passages
 from lmtrain.corpora import (apis, catalogue, coin, corpus, docstrings, fetch, held_out, kept, link_graph,
-                             near_duplicates, passages, read_wheel, xz_bits)
+                             near_duplicates, read_wheel, xz_bits)
 
 WORDS = "the sea was calm and sailors sang of ships that never came home again under a red moon".split()
 

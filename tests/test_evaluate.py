@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from lmtrain.batch import Example, collate
-from lmtrain.evaluate import choose, encoded, exact_match, likelihood, minimal_pairs, of_arm, over_seeds, \
-    pseudo_likelihood, versus
+from lmtrain.claims import of_arm, over_seeds, versus
+from lmtrain.evaluate import choose, encoded, exact_match, likelihood, minimal_pairs, pseudo_likelihood
 from lmtrain.model import Size, Transformer, to_transformers
 from lmtrain.text import train_bpe
 

@@ -11,7 +11,8 @@ from transformers import Qwen3ForCausalLM, TrainingArguments
 from transformers import Trainer as TheirTrainer
 
 from lmtrain.batch import Example, Noise, collate
-from lmtrain.model import Pretrained, Size, config_of
+from lmtrain.model import Size, config_of
+from lmtrain.pretrained import Pretrained
 from lmtrain.objective import CLM, PrefixLM, for_trainer, packed, unpacked
 from lmtrain.objectives.diffusion import BlockDiffusion, Diffusion, Uniform
 from lmtrain.objectives.masked import MLM, RTD

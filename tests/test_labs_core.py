@@ -267,7 +267,7 @@ def test_menu_is_what_the_classes_are():
 def test_painted_is_the_loaders_batch():
     "Batch by batch, row by row: what the lab paints is what the loader trains on. Another seed, the control, is not."
     from lmtrain.text import examples
-    from lmtrain.train import Loader
+    from lmtrain.loader import Loader
     tok = train_bpe(["the quick brown fox didn't jump over the lazy dog, he said"] * 30, 300)
     items = examples(["the quick brown fox " * n for n in range(1, 30)], tok, 32)
     for o in (MLM(tok.mask_token_id, range(7, len(tok))), CLM(), Diffusion(tok.mask_token_id)):

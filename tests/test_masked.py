@@ -18,7 +18,8 @@ from lmtrain.objectives.masked import (MLM, RTD, Anneal, Electra, Spans, candida
                                        drawn, forged, parts, span_corrupt, span_mask, tiles, widths, word_starts,
                                        words_of)
 from lmtrain.text import train_chars
-from lmtrain.train import Loader, Task, Trainer
+from lmtrain.loader import Loader
+from lmtrain.train import Task, Trainer
 
 V, M, ORDINARY = 60, 3, range(7, 60)
 DICE = torch.Generator().manual_seed(5)

@@ -19,7 +19,8 @@ from lmtrain.objective import CLM, Objective, PrefixLM, logp, shift
 from lmtrain.objectives.masked import MLM
 from lmtrain.objectives.mixed import (UL2, Curriculum, Denoiser, Mix, Parts, by_gradient, by_sequence, by_token,
                                       fim, infill, merged, ul2)
-from lmtrain.train import Loader, Task, Trainer
+from lmtrain.loader import Loader
+from lmtrain.train import Task, Trainer
 
 V, MASK, ORDINARY = 50, 49, range(5, 49)
 WEIGHINGS = [by_token, by_sequence, by_gradient]

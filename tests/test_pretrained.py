@@ -7,9 +7,10 @@ from transformers import (BertConfig, BertForMaskedLM, Gemma3ForCausalLM, Gemma3
                           MistralForCausalLM, ModernBertConfig, ModernBertForMaskedLM, OPTConfig, OPTForCausalLM,
                           Qwen3Config, Qwen3ForCausalLM, RobertaConfig, RobertaForMaskedLM)
 
-from lmtrain import model as module
+from lmtrain import pretrained as module
 from lmtrain.batch import Example, collate
-from lmtrain.model import Pretrained, Size, Transformer, obeys_mask
+from lmtrain.model import Size, Transformer
+from lmtrain.pretrained import Pretrained, obeys_mask
 from lmtrain.objective import CLM, nll, shift
 from lmtrain.train import Trainer
 

@@ -10,13 +10,13 @@ from dataclasses import asdict
 import pytest
 
 from lmtrain import experiments
-from lmtrain.evaluate import Claim
+from lmtrain.claims import Claim
 from lmtrain.reproduce import due, experiment, measure, names, of_all, page, record_of, reproduce, seeded
 
 TOY = '''
 import random
 from matplotlib.figure import Figure
-from lmtrain.evaluate import Claim, Verdict, versus
+from lmtrain.claims import Claim, Verdict, versus
 claim = Claim("Heavy coins fall faster.", "Aristotle", "Ten times as fast.", "No difference.")
 EFFECT, BREAKS, FAILS = {effect}, {breaks}, {fails}
 def run(seed, size=1.0):

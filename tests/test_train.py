@@ -11,12 +11,13 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-import lmtrain.train
+import lmtrain.loader
 from lmtrain.batch import Example, Noise, collate
 from lmtrain.model import Size, Transformer
 from lmtrain.objective import CLM, Objective, hide
 from lmtrain.optim import Muon, Together, adamw, fitting_optimizer, matrices, muon, orthogonal, warmup_decay
-from lmtrain.train import Callback, History, Loader, Progress, Task, Trainer, numbered
+from lmtrain.loader import Loader, numbered
+from lmtrain.train import Callback, History, Progress, Task, Trainer
 
 V, MASK = 50, 49
 
@@ -174,7 +175,7 @@ def test_control_corruption():
 @pytest.fixture(params=["one block", "many blocks", "stream"])
 def source(request, monkeypatch):
     "Items as a list that fits one block, a list of several blocks, and a stream of several blocks."
-    if request.param != "one block": monkeypatch.setattr(lmtrain.train, "BLOCK", 8)
+    if request.param != "one block": monkeypatch.setattr(lmtrain.loader, "BLOCK", 8)
     class Stream:
         def __iter__(self): return iter(some(23))
     return Stream() if request.param == "stream" else some(23)

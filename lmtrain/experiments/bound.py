@@ -21,14 +21,16 @@ from torch import Tensor, nn
 # %% ../../nbs/7_experiments/bound.ipynb #imports-4
 from ..batch import Batch, Example, collate
 from ..corpora import corpus
-from ..evaluate import Claim, Verdict, bits_per_byte, in_words, of_arm, over_seeds, versus
+from ..evaluate import bits_per_byte
+from ..claims import Claim, Verdict, in_words, of_arm, over_seeds, versus
 from ..model import LM, Cache, Size, Transformer
 from ..objective import CLM, Objective
 from ..objectives.diffusion import (BlockDiffusion, Diffusion, Schedule, cosine, exact_k, linear, nelbo,
                                           nelbo_bits, polynomial)
 from ..optim import muon
 from ..text import examples, train_bpe
-from ..train import Loader, Trainer, native_bf16
+from ..loader import Loader
+from ..train import Trainer, native_bf16
 
 # %% ../../nbs/7_experiments/bound.ipynb #claim
 claim = Claim(

@@ -21,15 +21,16 @@ import torch
 
 # %% ../../nbs/7_experiments/mixed.ipynb #imports-4
 from ..corpora import corpus
-from ..evaluate import (Claim, Verdict, bits_per_byte, held_loss, in_words, likelihood, minimal_pairs,
-                              of_arm, over_seeds, pseudo_likelihood)
+from ..evaluate import bits_per_byte, held_loss, likelihood, minimal_pairs, pseudo_likelihood
+from ..claims import Claim, Verdict, in_words, of_arm, over_seeds
 from ..model import Size, Transformer
 from ..objective import CLM, Objective
 from ..objectives.masked import MLM
 from ..objectives.mixed import Curriculum, Mix, by_gradient
 from ..optim import muon
 from ..text import Rows, examples, ordinary, train_bpe
-from ..train import Loader, Trainer, native_bf16
+from ..loader import Loader
+from ..train import Trainer, native_bf16
 
 # %% ../../nbs/7_experiments/mixed.ipynb #claim
 claim = Claim(

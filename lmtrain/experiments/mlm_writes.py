@@ -20,7 +20,8 @@ from torch import Tensor
 # %% ../../nbs/7_experiments/mlm_writes.ipynb #imports-4
 from ..batch import Example, Noise, collate
 from ..corpora import corpus
-from ..evaluate import Claim, Verdict, in_words, likelihood, of_arm, over_seeds, versus
+from ..evaluate import likelihood
+from ..claims import Claim, Verdict, in_words, of_arm, over_seeds, versus
 from ..generation import fill, left_to_right
 from ..model import Size, Transformer
 from ..objective import CLM, Objective
@@ -29,7 +30,8 @@ from ..objectives.masked import MLM
 from ..objectives.samplers import denoise, most_confident, peak
 from ..optim import muon
 from ..text import examples, ordinary, train_bpe
-from ..train import Loader, Trainer, native_bf16
+from ..loader import Loader
+from ..train import Trainer, native_bf16
 
 # %% ../../nbs/7_experiments/mlm_writes.ipynb #claim
 claim = Claim(

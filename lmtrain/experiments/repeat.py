@@ -23,13 +23,15 @@ import torch
 # %% ../../nbs/7_experiments/repeat.ipynb #imports-4
 from ..batch import Batch, Example, Noise
 from ..corpora import corpus
-from ..evaluate import Claim, Evaluate, Verdict, bits_per_byte, in_words, over_seeds
+from ..evaluate import Evaluate, bits_per_byte
+from ..claims import Claim, Verdict, in_words, over_seeds
 from ..model import LM, Size, Transformer
 from ..objective import CLM, Objective, shift
 from ..objectives.diffusion import Diffusion, exact_k, nelbo_bits
 from ..optim import muon, warmup_decay
 from ..text import Rows, examples, train_bpe
-from ..train import Loader, Trainer, native_bf16
+from ..loader import Loader
+from ..train import Trainer, native_bf16
 
 # %% ../../nbs/7_experiments/repeat.ipynb #claim
 claim = Claim(

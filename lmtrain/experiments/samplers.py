@@ -23,7 +23,8 @@ from torch import Tensor
 # %% ../../nbs/7_experiments/samplers.ipynb #imports-4
 from ..batch import Example
 from ..corpora import corpus
-from ..evaluate import Claim, Verdict, in_words, likelihood, of_arm, over_seeds, versus
+from ..evaluate import likelihood
+from ..claims import Claim, Verdict, in_words, of_arm, over_seeds, versus
 from ..generation import Pick, confident
 from ..model import Size, Transformer
 from ..objective import CLM, Objective
@@ -32,7 +33,8 @@ from ..objectives.samplers import (Sure, ancestral, calm, denoise, first_hitting
                                          said, scorer, semi_autoregressive, threshold)
 from ..optim import muon
 from ..text import examples, train_bpe
-from ..train import Loader, Trainer, native_bf16
+from ..loader import Loader
+from ..train import Trainer, native_bf16
 
 # %% ../../nbs/7_experiments/samplers.ipynb #claim
 claim = Claim(

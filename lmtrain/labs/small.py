@@ -28,7 +28,7 @@ class Small:
 
 def trained(way: Any, steps: int, rows: Any, size: Any) -> Any:
     "A model of the labs' size; the same weights before the first step for all."
-    from lmtrain.objectives.ways import taught
+    from lmtrain.objectives.recipes import taught
     from lmtrain.train import native_bf16
     return taught(way, size, rows, 32, steps, .004, bf16=native_bf16())
 
@@ -37,7 +37,7 @@ def small() -> Small:
     "The labs' models: from the cache, or trained now on Shakespeare's plays. Raises OSError without the text."
     from lmtrain.corpora import corpus
     from lmtrain.model import Size, load, save
-    from lmtrain.objectives.ways import ways
+    from lmtrain.objectives.recipes import ways
     from lmtrain.text import examples, train_bpe
     home, plays = cache_dir() / "labs" / f"{LENGTH}-{STEPS}-{EARLY}", corpus("shakespeare")
     kept = home / "causal" / "config.json"

@@ -9,9 +9,9 @@ from lmtrain.model import Size, Transformer, moved
 from lmtrain.objective import CLM
 from lmtrain.objectives.diffusion import leftward
 from lmtrain.objectives.masked import MLM
-from lmtrain.objectives.ways import continues, examined, gaps, guessed, taught, ways
+from lmtrain.objectives.recipes import continues, examined, gaps, guessed, taught, ways
 from lmtrain.text import examples, ordinary, train_bpe
-from lmtrain.train import Loader
+from lmtrain.loader import Loader
 
 TEXTS = [f"the {a} ship and the {b} sea, said the sailor {n} times." for n, (a, b) in enumerate(zip("abcdefgh", "stuvwxyz", strict=True))] * 4
 
