@@ -47,11 +47,11 @@ def main() -> None:
     pages = [topics[name] for name in sorted(topics)]
     tok = train_bpe(pages[:20], 2048)
     rows = [e for e in examples(pages * 4, tok, a.length) if len(e) == a.length][:a.rows]
-    ordinary, b, noise = range(len(tok.all_special_ids), len(tok)), collate(rows), Noise()
+    regular_ids, b, noise = range(len(tok.all_special_ids), len(tok)), collate(rows), Noise()
     theirs = DataCollatorForLanguageModeling(tok, mlm_probability=a.rate)
-    ours = MLM(tok.mask_token_id, ordinary, a.rate)
+    ours = MLM(tok.mask_token_id, regular_ids, a.rate)
     special = torch.isin(b.ids, torch.tensor(tok.all_special_ids))                     # (B,T)
-    words, spans = MLM(tok.mask_token_id, ordinary, a.rate, words=True), Spans(tok.mask_token_id, ordinary, a.rate)
+    words, spans = MLM(tok.mask_token_id, regular_ids, a.rate, words=True), Spans(tok.mask_token_id, regular_ids, a.rate)
     b_words = b.with_extra(word=b.ids % 7)                                             # (B,T) any runs will do
     dicts = lambda: [{"input_ids": e.ids} for e in rows]
     tokens = b.ids.numel()

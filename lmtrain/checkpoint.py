@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['SUMS', 'split', 'join', 'synced', 'sealed', 'sums', 'write', 'save_state', 'verify', 'load_state', 'places', 'kinds',
-           'dice', 'trainer_state', 'restore', 'kept', 'latest', 'resume', 'Save']
+__all__ = ['SUMS', 'split', 'join', 'synced', 'sealed', 'sums', 'write', 'save_state', 'verify', 'load_state', 'optimized',
+           'kinds', 'dice', 'trainer_state', 'restore', 'checkpoints', 'latest', 'resume', 'Save']
 
 # %% ../nbs/0_core/11_checkpoint.ipynb #imports-2
 import hashlib, json, os, shutil, signal, sys, tempfile, threading
@@ -28,10 +28,10 @@ from .train import Callback, Trainer
 def split(state: Any, path: str, tensors: dict[str, Tensor], names: dict[tuple, str]) -> Any:
     "The JSON skeleton of a nested state; its tensors go to `tensors`. Raises TypeError for what is neither."
     if isinstance(state, Tensor):
-        place = (state.data_ptr(), state.shape, state.stride(), state.dtype) if state.numel() else (path,)
-        if place not in names:
-            names[place], tensors[path] = path, state.detach().cpu().clone(memory_format=torch.contiguous_format)
-        return {"tensor": names[place]}
+        key = (state.data_ptr(), state.shape, state.stride(), state.dtype) if state.numel() else (path,)
+        if key not in names:
+            names[key], tensors[path] = path, state.detach().cpu().clone(memory_format=torch.contiguous_format)
+        return {"tensor": names[key]}
     if isinstance(state, dict):
         if wrong := [k for k in state if not isinstance(k, str)]:
             raise TypeError(f"{path}: the key {wrong[0]!r} is not text")
@@ -124,7 +124,7 @@ def load_state(path: str | Path) -> dict[str, Any]:
     return {name: join(s, load_file(Path(path) / f"{name}.safetensors")) for name, s in skeletons.items()}
 
 # %% ../nbs/0_core/11_checkpoint.ipynb #trainer-state
-def places(trainer: Trainer) -> list[tuple[str, Any, nn.Parameter]]:
+def optimized(trainer: Trainer) -> list[tuple[str, Any, nn.Parameter]]:
     "(name, optimizer, parameter) for all that is trained, in the optimizer's order."
     names = {id(p): n for n, p in trainer.model.named_parameters()}
     parts = getattr(trainer.optimizer, "optimizers", [trainer.optimizer])
@@ -152,7 +152,7 @@ def trainer_state(trainer: Trainer) -> dict[str, Any]:
     if not hasattr(trainer.batches, "state_dict"):
         raise TypeError("these batches have no state_dict, so the run cannot be continued: use a Loader")
     return {"model": trainer.model.state_dict(), "rng": dice(trainer),
-            "optimizer": {n: dict(o.state[p]) for n, o, p in places(trainer) if p in o.state},
+            "optimizer": {n: dict(o.state[p]) for n, o, p in optimized(trainer) if p in o.state},
             "progress": {"done": trainer.done, "ahead": trainer.ahead, "batches": trainer.batches.state_dict(),
                          "optimizer": kinds(trainer)}}
 
@@ -165,7 +165,7 @@ def restore(trainer: Trainer, state: dict[str, Any]) -> None:
     if (was := state["progress"]["optimizer"]) != kinds(trainer):
         raise ValueError(f"the checkpoint was kept with {', '.join(was)}, this trainer has {', '.join(kinds(trainer))}")
     trainer.model.load_state_dict(state["model"])
-    for name, optimizer, p in places(trainer):
+    for name, optimizer, p in optimized(trainer):
         kept = state["optimizer"].get(name, {})
         on = lambda v, like: v.to(like.device) if isinstance(v, Tensor) and v.ndim else v
         if kept: optimizer.state[p] = {k: on(v, p) for k, v in kept.items()}
@@ -176,14 +176,14 @@ def restore(trainer: Trainer, state: dict[str, Any]) -> None:
     trainer.batches.load_state_dict(state["progress"]["batches"])  # type: ignore[attr-defined]
 
 # %% ../nbs/0_core/11_checkpoint.ipynb #save
-def kept(root: str | Path) -> list[Path]:
+def checkpoints(root: str | Path) -> list[Path]:
     "The checkpoints in a folder, the newest first."
     return sorted(Path(root).glob("step-*"), reverse=True)
 
 
 def latest(root: str | Path, say: Callable[[str], object] = print) -> Path | None:
     "The newest checkpoint in `root` that is whole; damaged ones are named. None if there is none."
-    for path in kept(root):
+    for path in checkpoints(root):
         try: verify(path); return path
         except (ValueError, OSError) as e: say(f"{e}; looking for the checkpoint before it")
     return None
@@ -201,14 +201,14 @@ class Save(Callback):
     "Keep the state in `root` every so many steps and at the end; the newest `keep` checkpoints stay."
     def __init__(self, root: str | Path, every: int = 100, keep: int = 2):
         if every < 1 or keep < 1: raise ValueError(f"every={every} and keep={keep} must be at least 1")
-        self.root, self.every, self.keep, self.asked = Path(root), every, keep, False
+        self.root, self.every, self.keep, self.interrupted = Path(root), every, keep, False
 
     def begin(self, trainer: Trainer) -> None:
-        self.last, self.asked, self.before = trainer.done, False, None
+        self.last, self.interrupted, self.before = trainer.done, False, None
         if threading.current_thread() is not threading.main_thread(): return
         def ask(number, frame):
-            if self.asked: raise KeyboardInterrupt
-            self.asked = trainer.stop = True
+            if self.interrupted: raise KeyboardInterrupt
+            self.interrupted = trainer.stop = True
         self.before = signal.signal(signal.SIGINT, ask)
 
     def after_step(self, trainer: Trainer) -> None:
@@ -221,10 +221,10 @@ class Save(Callback):
         if trainer.accelerator.is_main_process:
             shutil.rmtree(path, ignore_errors=True)        # a damaged one, which was not resumed from
             save_state(path, **state)
-            for old in kept(self.root)[self.keep:]: shutil.rmtree(old)
+            for old in checkpoints(self.root)[self.keep:]: shutil.rmtree(old)
         trainer.accelerator.wait_for_everyone()
 
     def end(self, trainer: Trainer) -> None:
         if self.before is not None: signal.signal(signal.SIGINT, self.before)
         if trainer.stop and sys.exc_info()[0] is None: self.save(trainer)  # between two steps, not inside one
-        if self.asked: raise KeyboardInterrupt
+        if self.interrupted: raise KeyboardInterrupt

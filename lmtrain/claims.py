@@ -28,10 +28,10 @@ class Claim:
 
 @dataclass(frozen=True)
 class Verdict:
-    "What was found: is the claim supported, in which words, and which exact laws held?"
+    "What was found: is the claim supported, in which words, and which exact checks held?"
     shown: bool
     found: str
-    laws: dict[str, bool] = field(default_factory=dict)
+    checks: dict[str, bool] = field(default_factory=dict)
 
 # %% ../nbs/0_core/15_claims.ipynb #seeds
 T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)  # of Student's t, 1 to 10 degrees

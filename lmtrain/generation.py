@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['Pick', 'Stop', 'check_knobs', 'distribution', 'chance', 'draw', 'left_to_right', 'confident', 'random_order',
+__all__ = ['Pick', 'Stop', 'check_knobs', 'distribution', 'uniform', 'draw', 'left_to_right', 'confident', 'random_order',
            'blocks', 'fill', 'start', 'next_token', 'until', 'continuation', 'generate']
 
 # %% ../nbs/0_core/12_generate.ipynb #imports-2
@@ -39,9 +39,9 @@ def distribution(logits: Tensor, temperature: float = 1.0, top_p: float = 1.0) -
     return torch.zeros_like(p).scatter_(1, order, down / down.sum(1, keepdim=True))    # (B,V)
 
 # %% ../nbs/0_core/12_generate.ipynb #draw
-def chance(noise: Noise, row: Tensor, place: Tensor, step: int) -> Tensor:
-    "A number in [0, 1) for each (row, place) of a step, fine enough for rare tokens: 48 bits, float64."
-    coarse, fine = (noise.at(row, place, 2 * step + k).double() for k in (0, 1))
+def uniform(noise: Noise, row: Tensor, pos: Tensor, step: int) -> Tensor:
+    "A number in [0, 1) for each (row, pos) of a step, fine enough for rare tokens: 48 bits, float64."
+    coarse, fine = (noise.at(row, pos, 2 * step + k).double() for k in (0, 1))
     return coarse + fine / 2**24
 
 
@@ -53,16 +53,16 @@ def draw(logits: Tensor, temperature: float, top_p: float, u: Tensor) -> tuple[T
     return new[:, 0], (q if temperature else distribution(logits)).gather(1, new)[:, 0]
 
 # %% ../nbs/0_core/12_generate.ipynb #picks
-Pick = Callable[[Tensor, Tensor], Tensor]  # (probability, todo), both (B,T) -> places to write now (B,T) bool
+Pick = Callable[[Tensor, Tensor], Tensor]  # (probability, todo), both (B,T) -> positions to write now (B,T) bool
 
 
 def left_to_right(p: Tensor, todo: Tensor) -> Tensor:
-    "The first empty place of each row: (B,T) bool."
+    "The first masked position of each row: (B,T) bool."
     return todo & (todo.cumsum(1) == 1)
 
 
 def confident(k: int = 1) -> Pick:
-    "The `k` empty places whose proposals are the likeliest. Chang et al. (2022)."
+    "The `k` masked positions whose proposals are the likeliest. Chang et al. (2022)."
     def pick(p: Tensor, todo: Tensor) -> Tensor:
         rank = p.masked_fill(~todo, -1).argsort(dim=1, stable=True, descending=True).argsort(1)  # (B,T)
         return todo & (rank < k)
@@ -70,15 +70,15 @@ def confident(k: int = 1) -> Pick:
 
 
 def random_order(seed: int = 0) -> Pick:
-    "One empty place of each row, drawn blindly."
+    "One masked position of each row, drawn blindly."
     def pick(p: Tensor, todo: Tensor) -> Tensor:
-        row, place = (torch.arange(n, device=todo.device) for n in todo.shape)         # (B,) (T,)
-        return confident(1)(Noise(seed).at(row[:, None], place), todo)
+        row, pos = (torch.arange(n, device=todo.device) for n in todo.shape)         # (B,) (T,)
+        return confident(1)(Noise(seed).at(row[:, None], pos), todo)
     return pick
 
 # %% ../nbs/0_core/12_generate.ipynb #picks-blocks
 def blocks(n: int, inner: Pick) -> Pick:
-    "Blocks of `n` places from left to right, and `inner` inside a block. Arriola et al. (2025)."
+    "Blocks of `n` positions from left to right, and `inner` inside a block. Arriola et al. (2025)."
     def pick(p: Tensor, todo: Tensor) -> Tensor:
         block = torch.arange(todo.shape[1], device=todo.device) // n                   # (T,)
         first = torch.where(todo, block, todo.shape[1]).amin(1, keepdim=True)          # (B,1)
@@ -88,7 +88,7 @@ def blocks(n: int, inner: Pick) -> Pick:
 # %% ../nbs/0_core/12_generate.ipynb #fill
 def fill(model: LM, ids: Tensor, todo: Tensor, mask_id: int, pick: Pick, temperature: float = 0.0,
          shifted: bool = False, seed: int = 0) -> Trace:
-    """Write the places `todo` (B,T) of rows `ids` (B,T), in the order of `pick`; `shifted` for causal models.
+    """Write the positions `todo` (B,T) of rows `ids` (B,T), in the order of `pick`; `shifted` for causal models.
 
     A model that reads both sides never writes the mask. Raises ValueError if a causal model is asked for a row's first
     token, or if `pick` chooses nothing.
@@ -100,13 +100,13 @@ def fill(model: LM, ids: Tensor, todo: Tensor, mask_id: int, pick: Pick, tempera
     if not shifted: b = b.set(order=torch.zeros_like(ids))
     when, p, step = torch.zeros_like(ids), torch.ones(ids.shape, device=ids.device), 0  # (B,T) (B,T)
     while todo.any():
-        step, (row, place) = step + 1, todo.nonzero(as_tuple=True)                     # (N,) (N,)
-        with evaluating(model): logits = model.head(model(b.set(ids=ids))[row, place - int(shifted)])  # (N,V)
+        step, (row, pos) = step + 1, todo.nonzero(as_tuple=True)                     # (N,) (N,)
+        with evaluating(model): logits = model.head(model(b.set(ids=ids))[row, pos - int(shifted)])  # (N,V)
         if not shifted: logits[:, mask_id] = -torch.inf
-        new, sure = draw(logits, temperature, 1.0, chance(noise, row, place, step))    # (N,) (N,)
+        new, sure = draw(logits, temperature, 1.0, uniform(noise, row, pos, step))    # (N,) (N,)
         says, sure = ids.masked_scatter(todo, new.to(ids)), p.masked_scatter(todo, sure.to(p))  # (B,T) (B,T)
         now = pick(sure, todo) & todo                                                  # (B,T)
-        if not now.any(): raise ValueError("the pick chose no place to write")
+        if not now.any(): raise ValueError("the pick chose no position to write")
         ids, p, when = torch.where(now, says, ids), torch.where(now, sure, p), when.masked_fill(now, step)
         todo = todo & ~now                                                             # (B,T)
     return Trace(ids, when, p)
@@ -125,14 +125,14 @@ def start(model: Transformer, prompts: Sequence[Sequence[int]], max_new: int) ->
     if longest > model.size.length:
         raise ValueError(f"prompt and continuation have {longest} tokens, the model was made for {model.size.length}")
     b = collate([Example(list(p)) for p in prompts])
-    return b.with_extra(pos=b.place).to(model.embed_tokens.weight.device)
+    return b.with_extra(pos=b.doc_pos).to(model.embed_tokens.weight.device)
 
 
 def next_token(b: Batch, new: Tensor, end: Tensor, going: Tensor) -> Batch:
-    "The batch of one more token a row, at place `end`; rows that have ended get padding."
+    "The batch of one more token a row, at pos `end`; rows that have ended get padding."
     one = collate([Example([i]) for i in new.tolist()]).to(b.ids.device)
-    place = end[:, None].to(b.ids.device)                                              # (B,1)
-    return one.set(order=place, doc=going[:, None].long().to(b.ids.device)).with_extra(pos=place)
+    pos = end[:, None].to(b.ids.device)                                              # (B,1)
+    return one.set(order=pos, doc=going[:, None].long().to(b.ids.device)).with_extra(pos=pos)
 
 # %% ../nbs/0_core/12_generate.ipynb #until
 Stop = Callable[[list[int]], bool]  # the tokens that a row has written -> has it come to its end?
@@ -156,7 +156,7 @@ def continuation(model: Transformer, prompts: Sequence[Sequence[int]], names: Te
     p, going, last = tail((b.doc > 0).float(), 0.0), torch.ones(len(b), dtype=torch.bool), end - 1
     for step in range(1, max_new + 1):
         h = model(b, cache)[rows, last]                                                # (B,D)
-        new, sure = draw(model.head(h).cpu(), temperature, top_p, chance(noise, names, end, step))  # (B,) (B,)
+        new, sure = draw(model.head(h).cpu(), temperature, top_p, uniform(noise, names, end, step))  # (B,) (B,)
         at = rows[going], end[going]
         ids[at], when[at], p[at] = new[going], step, sure.float()[going]
         b, last = next_token(b, new, end, going), torch.zeros_like(last)

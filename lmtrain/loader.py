@@ -20,7 +20,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 # %% ../nbs/0_core/09_loader.ipynb #imports-4
-from .batch import Batch, Example, Noise, check, first_fit, lay
+from .batch import Batch, Example, Noise, check_examples, first_fit, lay
 from .objective import Objective
 
 # %% ../nbs/0_core/09_loader.ipynb #units
@@ -39,7 +39,7 @@ def units(items: list[list[Example]], T: int, pack: bool) -> Iterator[tuple[Unit
     "Units of rows for a block of items, with how many items each uses up."
     if pack and any(len(i) > 1 for i in items):
         raise ValueError("items of several examples cannot share rows: use pack=False")
-    check([e for i in items for e in i], T, pack)
+    check_examples([e for i in items for e in i], T, pack)
     if not pack: yield from (([[e] for e in item], 1) for item in items)
     else:
         for row in first_fit([len(i[0]) for i in items], T): yield [[items[k][0] for k in row]], len(row)

@@ -135,7 +135,7 @@ class Attention(nn.Module):
         k = rotate(self.k_norm(split(self.k_proj(x)).to(x.dtype)).transpose(1, 2), *rope)  # (B,K,T,hd)
         v = split(self.v_proj(x)).transpose(1, 2)                                      # (B,K,T,hd)
         if cache is not None: k, v = cache.add(self, k, v)                             # (B,K,S,hd) (B,K,S,hd)
-        return self.o_proj(attend(q, k, v, mask).transpose(1, 2).flatten(2))                               # (B,T,D)
+        return self.o_proj(attend(q, k, v, mask).transpose(1, 2).flatten(2))           # (B,T,D)
 
 # %% ../nbs/0_core/05_model.ipynb #mlp
 class MLP(nn.Module):

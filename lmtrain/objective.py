@@ -26,36 +26,36 @@ from .model import LM, evaluating
 
 # %% ../nbs/0_core/07_objective.ipynb #shift
 def shift(b: Batch) -> Batch:
-    "Ask each position for the next token of its document."
+    "Labels are the next token of the same document."
     left = lambda c: F.pad(c[:, 1:], (0, 1))                                           # (B,T)
-    asked = left(b.answer) & (left(b.doc) == b.doc) & (b.doc > 0)                      # (B,T)
-    return b.set(targets=left(b.clean), weights=asked.float())
+    counts = left(b.answer) & (left(b.doc) == b.doc) & (b.doc > 0)                      # (B,T)
+    return b.set(targets=left(b.clean), weights=counts.float())
 
 # %% ../nbs/0_core/07_objective.ipynb #hide
 def hide(b: Batch, hit: Tensor, mask_id: int) -> Batch:
-    "Replace the tokens where `hit` (B,T) by the mask, and ask for them. Who sees whom stays as it is; padding too."
+    "Replace the tokens where `hit` (B,T) by the mask; they are the labels. Attention stays as it is; padding too."
     hit = hit & (b.doc > 0)                                                            # (B,T)
     return b.set(ids=torch.where(hit, mask_id, b.ids), targets=b.clean, weights=hit.float())
 
 # %% ../nbs/0_core/07_objective.ipynb #nll
 def nll(model: LM, b: Batch, forbid: tuple[int, ...] = (), temperature: float = 1.0) -> Tensor:
-    "Negative log-likelihood in nats of the target at each of `b.asked`; 0 at its filling. (N,) float."
-    h = model(b).flatten(0, 1)[b.asked]                                                # (N,D)
+    "Negative log-likelihood in nats of the target at each of `b.loss_positions`; 0 at its filling. (N,) float."
+    h = model(b).flatten(0, 1)[b.loss_positions]                                       # (N,D)
     logits = model.head(h).float()                                                     # (N,V)
     if temperature != 1.0: logits = logits / temperature                               # (N,V)
     if forbid: logits = logits.index_fill(1, torch.tensor(forbid, device=h.device), -torch.inf)
-    targets = b.targets.flatten()[b.asked].masked_fill(b.asked < 0, -100)              # (N,)
+    targets = b.targets.flatten()[b.loss_positions].masked_fill(b.loss_positions < 0, -100)  # (N,)
     return F.cross_entropy(logits, targets, reduction="none", ignore_index=-100)       # (N,)
 
 # %% ../nbs/0_core/07_objective.ipynb #logp
 def logp(model: LM, b: Batch, temperature: float = 1.0) -> Tensor:
-    "Log-probability of each target, 0 where nothing is asked: (B,T) float."
+    "Log-probability of each target, 0 outside the loss: (B,T) float."
     out = torch.zeros(b.ids.numel(), device=b.ids.device)                              # (B*T,)
-    return out.index_add(0, b.asked.clamp(min=0), -nll(model, b, (), temperature)).view_as(b.ids)  # (B,T)
+    return out.index_add(0, b.loss_positions.clamp(min=0), -nll(model, b, (), temperature)).view_as(b.ids)  # (B,T)
 
 # %% ../nbs/0_core/07_objective.ipynb #objective
 class Objective:
-    """A question and how its answers are scored. Subclasses are small dataclasses; their `repr` is the record.
+    """A training objective: corruption and loss. Subclasses are small dataclasses; their `repr` is the record.
 
     `loss` returns SUMS, one for each named term, and `count` the denominators under the same names.
     """
@@ -71,11 +71,11 @@ class Objective:
         return type(self).loss is Objective.loss and type(self).count is Objective.count
 
     def corrupt(self, b: Batch, noise: Noise) -> Batch:
-        "Ask the question: fill in `targets` and `weights`, perhaps change `ids` and `order`."
+        "Fill in `targets` and `weights`, perhaps change `ids` and `order`."
         return shift(b)
 
     def counted(self, b: Batch) -> Tensor:
-        "The tokens that the loss is divided by: (B,T) bool. Usually those that are asked."
+        "The tokens that the loss is divided by: (B,T) bool. Usually those with weight."
         return b.weights != 0
 
     def count(self, b: Batch) -> dict[str, Tensor]:
@@ -84,12 +84,12 @@ class Objective:
 
     def loss(self, model: LM, b: Batch) -> dict[str, Tensor]:
         "Weighted sums of the terms, in nats: scalars."
-        return {self.name: (b.weights.flatten()[b.asked] * nll(model, b, self.forbid)).sum()}
+        return {self.name: (b.weights.flatten()[b.loss_positions] * nll(model, b, self.forbid)).sum()}
 
 # %% ../nbs/0_core/07_objective.ipynb #clm
 @dataclass
 class CLM(Objective):
-    "Causal language modelling: say the next token. Also fine-tuning, on examples with an `answer` mask."
+    "Causal language modelling: predict the next token. Also fine-tuning, on examples with an `answer` mask."
 
 # %% ../nbs/0_core/07_objective.ipynb #prefix
 def before_answer(b: Batch) -> Tensor:
@@ -113,12 +113,12 @@ class PrefixLM(Objective):
             if not 0 < self.cut <= 1: raise ValueError(f"PrefixLM: cut={self.cut} must be a share, above 0 and up to 1")
             same = b.doc[:, :, None] == b.doc[:, None]                                 # (B,T,T)
             n = 1 + (noise.doc(b) * self.cut * same.sum(-1)).long()                    # (B,T)
-            b = b.set(answer=b.answer & (b.place >= n))
+            b = b.set(answer=b.answer & (b.doc_pos >= n))
         prefix = before_answer(b)                                                      # (B,T)
-        if ((b.place == 0) & (b.doc > 0) & ~prefix).any():
+        if ((b.doc_pos == 0) & (b.doc > 0) & ~prefix).any():
             raise ValueError("PrefixLM: a document has no prefix before its first answer; "
                              "give one (an unanswered bos will do), or PrefixLM(cut=.5)")
-        return shift(b.set(order=torch.where(prefix, 0, b.place + 1)))
+        return shift(b.set(order=torch.where(prefix, 0, b.doc_pos + 1)))
 
 # %% ../nbs/0_core/07_objective.ipynb #annotated
 class annotated:

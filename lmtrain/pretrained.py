@@ -75,7 +75,7 @@ def disobeys(model: Pretrained, T: int = 16) -> str:
 
 
 def disobedience(model: Pretrained, T: int) -> str:
-    "The three questions."
+    "The three checks."
     long = T + 2 * (getattr(model.net.config, "sliding_window", None) or 0)
     dice = torch.Generator().manual_seed(0)
     row = lambda n: Example((5 + torch.randint(model.vocab - 5, (n,), generator=dice)).tolist())
@@ -94,5 +94,5 @@ def disobedience(model: Pretrained, T: int) -> str:
 
 # %% ../nbs/0_core/06_pretrained.ipynb #obeys-mask
 def obeys_mask(model: LM) -> bool:
-    "True for a model whose attention is the batch's. The native one is; of others, ask."
+    "True for a model whose attention is the batch's. The native one is; others are checked."
     return isinstance(model, Transformer) or isinstance(model, Pretrained) and not disobeys(model)

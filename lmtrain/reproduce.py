@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['HEAD', 'names', 'experiment', 'code_of', 'Record', 'place', 'record_of', 'measure', 'due', 'of_all', 'seeded',
+__all__ = ['HEAD', 'names', 'experiment', 'code_of', 'Record', 'record_path', 'record_of', 'measure', 'due', 'of_all', 'seeded',
            'section', 'page', 'attempt', 'reproduce', 'told']
 
 # %% ../nbs/8_tour/01_reproduce.ipynb #imports-2
@@ -65,12 +65,12 @@ class Record:
         return (self.code, self.size, self.lmtrain) == (code_of(self.experiment), size, __version__)
 
 # %% ../nbs/8_tour/01_reproduce.ipynb #measure
-def place(out: Path, name: str, seed: int) -> Path: return out / name / f"seed-{seed}.json"
+def record_path(out: Path, name: str, seed: int) -> Path: return out / name / f"seed-{seed}.json"
 
 
 def record_of(out: Path, name: str, seed: int) -> Record | None:
     "The run that is kept, or None if there is none that can be read."
-    try: return Record(**json.loads(place(out, name, seed).read_text(encoding="utf-8")))
+    try: return Record(**json.loads(record_path(out, name, seed).read_text(encoding="utf-8")))
     except (FileNotFoundError, ValueError, TypeError): return None
 
 
@@ -80,7 +80,7 @@ def measure(name: str, seed: int, size: float, out: Path) -> Record:
     rows = experiment(name).run(seed, size)
     r = Record(name, seed, size, code_of(name), round(time.perf_counter() - began, 1), __version__, torch.__version__,
                os.cpu_count() or 1, rows)
-    write(place(out, name, seed), json.dumps(asdict(r), indent=1, allow_nan=False, ensure_ascii=False) + "\n")
+    write(record_path(out, name, seed), json.dumps(asdict(r), indent=1, allow_nan=False, ensure_ascii=False) + "\n")
     return r
 
 # %% ../nbs/8_tour/01_reproduce.ipynb #due
@@ -89,7 +89,7 @@ def due(wanted: Sequence[str], seeds: int, size: float, out: Path, again: bool =
     found = []
     for seed in range(seeds):
         for name in wanted:
-            r, path = record_of(out, name, seed), place(out, name, seed)
+            r, path = record_of(out, name, seed), record_path(out, name, seed)
             if r is None: found.append((0, 0.0, name, seed))
             elif not r.fits(size): found.append((1, path.stat().st_mtime, name, seed))
             elif again: found.append((2, path.stat().st_mtime, name, seed))
@@ -130,13 +130,13 @@ def section(name: str, records: Sequence[Record], out: Path) -> str:
     with plt.rc_context({"svg.hashsalt": name}):
         fig = e.plot(rows)
         fig.savefig(out / f"{name}.svg", metadata={"Date": None}, facecolor="white"); plt.close(fig)
-    laws = "".join(f"- {'holds' if ok else '**broken**'}: {law}\n" for law, ok in v.laws.items())
+    checks = "".join(f"- {'holds' if ok else '**broken**'}: {law}\n" for law, ok in v.checks.items())
     took = sum(r.seconds for r in records) / len(records)
     return (f"## {name}: {'shown' if v.shown else 'not shown'}\n\n**Claim.** {e.claim.text} ({e.claim.source})\n\n"
             f"**Reported.** {e.claim.reported}\n\n**Predicted here, before the first run.** {e.claim.prediction}\n\n"
-            f"**Found.** {v.found}\n\n![{name}]({name}.svg)\n\n{laws}\n{len(records)} seed{'s' * (len(records) > 1)}, "
-            f"size {first.size:g}, {took:.0f} s each on {first.cores} cores; lmtrain {first.lmtrain}, "
-            f"torch {first.torch}, code {first.code}. The rows are in [{name}](./{name}); `lmtrain reproduce {name}` "
+            f"**Found.** {v.found}\n\n![{name}]({name}.svg)\n\n{checks}\n"
+            f"{len(records)} seed{'s' * (len(records) > 1)}, size {first.size:g}, {took:.0f} s each on {first.cores} "
+            f"cores; lmtrain {first.lmtrain}, torch {first.torch}, code {first.code}. The rows are in [{name}](./{name}); `lmtrain reproduce {name}` "
             "makes them.\n")
 
 # %% ../nbs/8_tour/01_reproduce.ipynb #page-whole
@@ -167,7 +167,7 @@ def reproduce(wanted: Sequence[str], seeds: int = 3, size: float = 1.0, out: str
               ) -> dict[str, Verdict]:
     """Make the runs that are due, at most for `budget` minutes, and the page; verdicts of all that is in `out`.
 
-    Raises ValueError for numbers that make no sense, RuntimeError if a run failed or a law was broken.
+    Raises ValueError for numbers that make no sense, RuntimeError if a run failed or a check failed.
     """
     if seeds < 1 or not size > 0: raise ValueError(f"seeds={seeds} and size={size} must be more than 0")
     for name in wanted: experiment(name)
@@ -181,7 +181,7 @@ def reproduce(wanted: Sequence[str], seeds: int = 3, size: float = 1.0, out: str
     if left: say(f"{left} runs did not fit into {budget:g} minutes; the same command goes on with them.")
     for name in wanted:
         if v := verdicts.get(name): say(f"\n{name}: {'shown' if v.shown else 'not shown'}. {v.found}")
-        wrong += [f"{name}: the law {law!r} is broken" for law, ok in (v.laws.items() if v else ()) if not ok]
+        wrong += [f"{name}: the check {law!r} failed" for law, ok in (v.checks.items() if v else ()) if not ok]
     if wrong: raise RuntimeError("; ".join(wrong))
     say(f"\nThe page is {out / 'README.md'}")
     return verdicts

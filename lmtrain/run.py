@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['named', 'from_tokenizer', 'read', 'longer', 'opened', 'Job', 'parts', 'continued', 'go_on', 'train', 'finish']
+__all__ = ['class_of', 'from_tokenizer', 'read', 'longer', 'opened', 'Job', 'parts', 'continued', 'go_on', 'train', 'finish']
 
 # %% ../nbs/8_tour/02_run.ipynb #imports-2
 import ast
@@ -24,7 +24,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 # %% ../nbs/8_tour/02_run.ipynb #imports-4
-from .text import Rows, examples, load_tokenizer, ordinary, train_bpe
+from .text import Rows, examples, load_tokenizer, regular_ids, train_bpe
 from .corpora import corpus
 from .model import LM, Size, Transformer, load, save, to_transformers
 from .pretrained import Pretrained
@@ -37,7 +37,7 @@ from .evaluate import Evaluate, held_loss
 from .settings import scale
 
 # %% ../nbs/8_tour/02_run.ipynb #named
-def named(node: ast.expr) -> type:
+def class_of(node: ast.expr) -> type:
     "The class that a name stands for: of this package, or `module.Class`. Raises ValueError if there is none."
     path = ast.unparse(node)
     try:
@@ -49,9 +49,9 @@ def named(node: ast.expr) -> type:
 
 
 def from_tokenizer(name: str, tok: PreTrainedTokenizerFast) -> Any:
-    "What the tokenizer says of a field: `mask_id` and the like, the `ordinary` tokens, or all of them as `vocab`."
+    "What the tokenizer says of a field: `mask_id` and the like, the `regular_ids` tokens, or all of them as `vocab`."
     if name.endswith("_id"): return getattr(tok, f"{name.removesuffix('_id')}_token_id", None)
-    return {"ordinary": ordinary(tok), "vocab": range(len(tok))}.get(name)
+    return {"regular_ids": regular_ids(tok), "vocab": range(len(tok))}.get(name)
 
 # %% ../nbs/8_tour/02_run.ipynb #read
 def read(text: str, tok: PreTrainedTokenizerFast | None = None) -> Any:
@@ -60,7 +60,7 @@ def read(text: str, tok: PreTrainedTokenizerFast | None = None) -> Any:
     Raises ValueError for what is neither a plain value nor an objective, or lacks a field.
     """
     def value(node: ast.expr) -> Any:
-        if isinstance(node, ast.Call): return made(named(node.func), node)
+        if isinstance(node, ast.Call): return made(class_of(node.func), node)
         try: return ast.literal_eval(node)
         except ValueError: raise ValueError(f"{ast.unparse(node)} is not a plain value") from None
 
@@ -78,7 +78,7 @@ def read(text: str, tok: PreTrainedTokenizerFast | None = None) -> Any:
 
     try: node = ast.parse(text.strip(), mode="eval").body
     except SyntaxError: raise ValueError(f"{text!r} cannot be read: write it as PrefixLM(cut=.5)") from None
-    return made(named(node), None) if isinstance(node, ast.Name | ast.Attribute) else value(node)
+    return made(class_of(node), None) if isinstance(node, ast.Name | ast.Attribute) else value(node)
 
 # %% ../nbs/8_tour/02_run.ipynb #model-of
 def longer(model: LM, vocab: int) -> LM:

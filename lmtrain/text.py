@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['SPECIALS', 'ROLES', 'TEMPLATE', 'train_bpe', 'train_chars', 'load_tokenizer', 'ordinary', 'cut', 'Rows', 'encode',
+__all__ = ['SPECIALS', 'ROLES', 'TEMPLATE', 'train_bpe', 'train_chars', 'load_tokenizer', 'regular_ids', 'cut', 'Rows', 'encode',
            'examples', 'chat']
 
 # %% ../nbs/0_core/02_text.ipynb #imports-2
@@ -88,14 +88,14 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerFast:
     return cast(PreTrainedTokenizerFast, tok)
 
 # %% ../nbs/0_core/02_text.ipynb #ordinary
-def ordinary(tok: PreTrainedTokenizerFast) -> range:
+def regular_ids(tok: PreTrainedTokenizerFast) -> range:
     "The longest run of token numbers without a special token among them."
     edges = [-1, *sorted(tok.all_special_ids), len(tok)]
     return max((range(a + 1, z) for a, z in pairwise(edges)), key=len)
 
 # %% ../nbs/0_core/02_text.ipynb #cut
 def cut(n: int, T: int, overlap: int = 1) -> list[tuple[int, int, int]]:
-    "How a document of `n` tokens is cut into rows of at most `T`: (start, stop, leading tokens not asked)."
+    "How a document of `n` tokens is cut into rows of at most `T`: (start, stop, leading tokens not in the loss)."
     rows = [(0, min(n, T), 1)]
     while rows[-1][1] < n:
         start = rows[-1][1] - overlap
@@ -104,7 +104,7 @@ def cut(n: int, T: int, overlap: int = 1) -> list[tuple[int, int, int]]:
 
 # %% ../nbs/0_core/02_text.ipynb #rows
 class Rows(Sequence):
-    "Examples cut from one long memory-mapped run of tokens; each is made when it is asked for."
+    "Examples cut from one long memory-mapped run of tokens; each is made when it is read."
     def __init__(self, tokens: np.ndarray, cuts: np.ndarray, nbytes: int):
         self.tokens, self.cuts, self.nbytes = tokens, cuts, nbytes  # (N,), (rows,3), bytes of text
 
@@ -118,8 +118,8 @@ class Rows(Sequence):
         return Example(self.tokens[start:stop].tolist(), answer[:stop - start], index=i % len(self))
 
     @property
-    def asked(self) -> np.ndarray:
-        "How many tokens of each row are asked: (rows,)."
+    def loss_tokens(self) -> np.ndarray:
+        "How many tokens of each row are in the loss: (rows,)."
         return self.cuts[:, 1] - self.cuts[:, 0] - self.cuts[:, 2]
 
     def __repr__(self) -> str:
@@ -136,7 +136,7 @@ def encode(texts: Iterable[str], tok: PreTrainedTokenizerFast, group: int = 64) 
 
 
 def examples(texts: Iterable[str], tok: PreTrainedTokenizerFast, T: int, overlap: int = 1) -> Rows:
-    """Documents as rows of at most `T` tokens, each token asked once, over a memory-mapped temporary file.
+    """Documents as rows of at most `T` tokens, each token in the loss once, over a memory-mapped temporary file.
 
     Raises ValueError if `T` leaves no room to go forward, or if there is no text.
     """

@@ -8,7 +8,7 @@ from __future__ import annotations
 # %% auto #0
 __all__ = ['CSS', 'STAGES', 'Story', 'picture', 'reading', 'seconds_per_step', 'batches', 'earlier', 'planning', 'beginning',
            'glance', 'pretraining', 'curve', 'scoring', 'sample', 'known_words', 'longest_copy', 'writing', 'indented',
-           'asking', 'mark', 'asked_table', 'keeping', 'tour']
+           'comparing', 'mark', 'recipe_table', 'keeping', 'tour']
 
 # %% ../nbs/8_tour/03_tour.ipynb #imports-2
 import base64, copy, io, json, math, re, shutil, statistics
@@ -32,11 +32,11 @@ from .objective import CLM
 from .optim import fitting_optimizer
 from .loader import Loader
 from .train import History, Trainer, native_bf16
-from .checkpoint import kept, write
+from .checkpoint import checkpoints, write
 from .generation import generate
 from .evaluate import bits_interval, bits_per_byte, ngram_bits
 from .views import compare, paint, paint_loss
-from .objectives.recipes import continues, examined, taught, ways
+from .objectives.recipes import continues, evaluated, trained, recipes
 from .run import go_on
 from .settings import Scale, scale
 
@@ -94,8 +94,8 @@ def reading(s: Story) -> None:
     s.say(f"  {len(s.train):,} documents to learn from ({s.rows.nbytes / 1e6:.1f} MB), {len(s.validation):,} held out "
           f"({s.held.nbytes / 1e6:.2f} MB); {len(s.tok):,} tokens, {per:.1f} bytes each.")
     b = CLM().corrupt(collate(s.rows[:1]), Noise())
-    s.show("What the model reads", "<p>The beginning of a row. A bar under a token means that the model is asked for "
-           f"the next one.</p>{paint(b, s.tok, 1)}")
+    s.show("What the model reads", "<p>The beginning of a row. A bar under a token means that its label, "
+           f"the next token, is in the loss.</p>{paint(b, s.tok, 1)}")
 
 # %% ../nbs/8_tour/03_tour.ipynb #seconds-per-step
 def seconds_per_step(model: Transformer, batches: Loader, lr: float, optimizer: Callable, bf16: bool = False,
@@ -111,9 +111,9 @@ def batches(s: Story) -> Loader:
 
 
 def earlier(s: Story, request: dict) -> dict:
-    "The plan of a run that was interrupted, if it was asked for the same; else empty, and its checkpoints go."
+    "The plan of a run that was interrupted, if it was a run of the same plan; else empty, and its checkpoints go."
     path, root = s.out / "plan.json", s.out / "checkpoints"
-    plan = json.loads(path.read_text(encoding="utf-8")) if path.exists() and kept(root) else {}
+    plan = json.loads(path.read_text(encoding="utf-8")) if path.exists() and checkpoints(root) else {}
     if plan.get("request") == request: return plan
     shutil.rmtree(root, ignore_errors=True)
     return {}
@@ -143,7 +143,7 @@ def planning(s: Story) -> None:
 def beginning(held: Rows, rows: int) -> Rows:
     "The first rows of a text, with the share of its bytes that falls to them."
     few = Rows(held.tokens, held.cuts[:rows], held.nbytes)
-    return Rows(few.tokens, few.cuts, round(held.nbytes * few.asked.sum() / held.asked.sum()))
+    return Rows(few.tokens, few.cuts, round(held.nbytes * few.loss_tokens.sum() / held.loss_tokens.sum()))
 
 
 def glance(held: Rows) -> Callable[[LM], dict[str, float]]:
@@ -242,18 +242,18 @@ def writing(s: Story) -> None:
 def indented(text: str) -> str: return "\n".join("    " + line for line in text.splitlines())
 
 # %% ../nbs/8_tour/03_tour.ipynb #asking
-def asking(s: Story) -> None:
+def comparing(s: Story) -> None:
     "Small models of one budget: causal, masked, mixed, diffusion."
     c, steps = s.scale, max(1, s.total // 4)
     size = Size(len(s.tok), c.dim, c.heads, layers=max(1, c.layers // 2), length=max(32, c.length // 2))
     rows, held = (examples(texts, s.tok, size.length) for texts in (s.train, s.validation))
     opening, few = [s.tok.bos_token_id, *held[0].ids[1:9]], beginning(held, 64)
-    s.say(f"The same text, asked in four ways: models of {size.layers} layers, {steps:,} steps each ...")
-    s.facts["ways"], cells, known = {}, [], ways(s.tok)
+    s.say(f"Four training objectives on the same text: models of {size.layers} layers, {steps:,} steps each ...")
+    s.facts["recipes"], cells, known = {}, [], recipes(s.tok)
     for name, way in known.items():
-        model = taught(way, size, rows, c.rows, steps, c.lr, c.seed, s.bf16)
-        m = examined(model, way, few, s.tok)
-        s.facts["ways"][name] = asdict(m)
+        model = trained(way, size, rows, c.rows, steps, c.lr, c.seed, s.bf16)
+        m = evaluated(model, way, few, s.tok)
+        s.facts["recipes"][name] = asdict(m)
         trace = continues(model, way, opening, size.length - len(opening), s.tok, seed=c.seed)
         lines = str(s.tok.decode(trace.ids[0], skip_special_tokens=True)).splitlines()
         cells.append((name, mark(m.left_to_right), mark(m.any_order), f"{m.gaps:.0%}",
@@ -263,20 +263,20 @@ def asking(s: Story) -> None:
     s.say("  (bits per byte; in any order a bound; - was not learnt)")
     line = held[len(held) // 2]
     sentence = collate([replace(line, ids=line.ids[:32], answer=(line.answer or [])[:32], index=0)])
-    s.show("Three ways of asking, and their mixture", asked_table(cells) + str(
+    s.show("Three training objectives, and their mixture", recipe_table(cells) + str(
         compare([w.objective for w in known.values()], sentence, s.tok, seed=5)))
 
 # %% ../nbs/8_tour/03_tour.ipynb #asking-table
 def mark(bits: float | None) -> str: return "-" if bits is None else f"{bits:.2f}"
 
 
-def asked_table(cells: Sequence[tuple[str, ...]]) -> str:
-    "What each way of asking came to, as a piece of HTML."
+def recipe_table(cells: Sequence[tuple[str, ...]]) -> str:
+    "What each training objective came to, as a piece of HTML."
     head = ("", "bits per byte from left to right", "in any order, at most", "gaps guessed right", "writes")
     body = "".join("<tr>" + "".join(f"<td>{escape(v)}" for v in row[:-1]) + f"<td><pre>{escape(row[-1])}</pre>"
                    for row in cells)
     return (f"<table><tr>{''.join(f'<th>{h}' for h in head)}{body}</table><p>Four small models with the same first "
-            "weights, rows and steps; one seed. What each was asked, on the same tokens:</p>")
+            "weights, rows and steps; one seed. The loss positions of each, on the same tokens:</p>")
 
 # %% ../nbs/8_tour/03_tour.ipynb #keeping
 CSS = """body{font:16px/1.5 system-ui,sans-serif;max-width:52rem;margin:2rem auto;padding:0 1rem}
@@ -303,7 +303,7 @@ def keeping(s: Story) -> None:
     s.say(f"The model is in {s.out / 'model'}, the report in {s.out / 'report.html'}")
 
 # %% ../nbs/8_tour/03_tour.ipynb #tour
-STAGES = reading, planning, pretraining, scoring, writing, asking, keeping
+STAGES = reading, planning, pretraining, scoring, writing, comparing, keeping
 
 
 def tour(data: str = "shakespeare", minutes: float | None = None, steps: int | None = None, out: str | Path = "tour",

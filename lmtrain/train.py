@@ -147,7 +147,7 @@ class Steps:
         "Gradients of a window of micro-batches, and its mean terms."
         counts = self.totals([self.objective.count(b) for b in window])
         if not self.done and not any(counts.values()):
-            raise ValueError("the first window asks nothing: train on batches that were corrupted, as by a Loader")
+            raise ValueError("the first window has nothing in the loss: train on corrupted batches, as a Loader's")
         sums = []
         for k, b in enumerate(window):
             last = k == len(window) - 1
@@ -196,10 +196,10 @@ def check_finite(bad: int, skips: int, step: int) -> None:
 
 
 def check_objective(objective: Objective, batches: Iterable[Batch]) -> None:
-    "Raises ValueError if the loader asks what the trainer does not score."
+    "Raises ValueError if the loader's objective is not the trainer's."
     asks = getattr(batches, "objective", objective)
     if type(asks) is not type(objective) or is_dataclass(objective) and asks != objective:
-        raise ValueError(f"the loader asks {asks!r}, the trainer scores {objective!r}: give both the same")
+        raise ValueError(f"the loader has {asks!r}, the trainer {objective!r}: give both the same")
 
 # %% ../nbs/0_core/10_train.ipynb #trainer
 class Trainer(Steps):
@@ -221,7 +221,7 @@ class Trainer(Steps):
         self.optimizer = optimizer(self.task, lr)
         for g in self.optimizer.param_groups: g["initial_lr"] = g["lr"]
         self.history, self.done, self.stop = History() if history is None else history, 0, False
-        self.ahead: bool | None = None  # was it asked to say what comes next? None: it was asked nothing yet
+        self.ahead: bool | None = None  # are labels next tokens? None: not known yet
 
     def stream(self) -> Iterator[list[Batch]]:
         "Windows of micro-batches on the device; a finite iterable starts again."
@@ -230,7 +230,7 @@ class Trainer(Steps):
                 empty = True
                 for b in self.batches:
                     empty = False
-                    if not self.ahead and len(b.asked): self.ahead = b.asks_ahead
+                    if not self.ahead and len(b.loss_positions): self.ahead = b.predicts_next
                     yield b.to(self.accelerator.device, non_blocking=True)
                 if empty: raise ValueError("there are no batches to train on")
         batches = forever()

@@ -7,7 +7,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from lmtrain.batch import Example
-from lmtrain.checkpoint import Save, kept, load_state, restore, trainer_state
+from lmtrain.checkpoint import Save, checkpoints, load_state, restore, trainer_state
 from lmtrain.model import Size, Transformer
 from lmtrain.pretrained import Pretrained
 from lmtrain.objective import CLM
@@ -61,8 +61,8 @@ def one_rank_stops_all():
     trainer = Trainer(model, CLM(), Loader(items, CLM(), 2, 11), steps=50, accelerator=accelerator,
                       callbacks=[StopOne(), Save(folder / "stop", every=1000)])
     trainer.fit()
-    assert trainer.done == 3 and [p.name for p in kept(folder / "stop")] == ["step-00000003"]
-    assert load_state(kept(folder / "stop")[0])["progress"]["done"] == 3
+    assert trainer.done == 3 and [p.name for p in checkpoints(folder / "stop")] == ["step-00000003"]
+    assert load_state(checkpoints(folder / "stop")[0])["progress"]["done"] == 3
 
 
 for check in loaders_know_their_rank, dropout_resumes_on_each_rank, one_rank_stops_all:

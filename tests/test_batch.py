@@ -40,7 +40,7 @@ def batch(draw):
 def facts(b):
     "What the batch says of each real token, counted: (example, place, token, clean, answer, word)."
     real = b.doc > 0                                                                   # (B,T)
-    columns = b.index, b.place, b.ids, b.clean, b.answer, b.extra["word"]
+    columns = b.index, b.doc_pos, b.ids, b.clean, b.answer, b.extra["word"]
     return Counter(zip(*(c[real].tolist() for c in columns), strict=True))
 
 
@@ -101,7 +101,7 @@ def test_items_and_roles(items, named):
 def test_empty():
     "No examples make a batch of no rows."
     b = collate([])
-    assert len(b) == 0 and b.asked.numel() == 0 and b.is_causal
+    assert len(b) == 0 and b.loss_positions.numel() == 0 and b.is_causal
 
 
 @pytest.mark.parametrize("values", [[1, .5], [.5, 1], [0, 1], [True, False]])
@@ -163,33 +163,33 @@ def columns(b): return {n: getattr(b, n) for n in COLUMNS} | b.extra
 def test_rows(b, data):
     "Choosing rows commutes with reading a column, and what is derived follows the rows."
     rows = data.draw(st.just(slice(1, None)) | st.lists(st.integers(0, len(b) - 1), max_size=4))
-    b.asked, b.is_causal  # noqa: B018  found first, so that a stale copy would show
+    b.loss_positions, b.is_causal  # noqa: B018  found first, so that a stale copy would show
     some = b[rows]
     assert columns(some).keys() == columns(b).keys()
     assert all(torch.equal(c, columns(b)[n][rows]) for n, c in columns(some).items())
-    assert torch.equal(some.sees, b.sees[rows]) and torch.equal(some.place, b.place[rows])
-    assert torch.equal(some.asked, asked(some.weights)) and some.is_causal == causal(some)
+    assert torch.equal(some.sees, b.sees[rows]) and torch.equal(some.doc_pos, b.doc_pos[rows])
+    assert torch.equal(some.loss_positions, asked(some.weights)) and some.is_causal == causal(some)
 
 
 @pytest.mark.parametrize("name", COLUMNS)
 @given(b=batch())
 def test_set(name, b):
     "`set` replaces one column and keeps every other object; what is derived is found again."
-    b.asked, b.is_causal  # noqa: B018
+    b.loss_positions, b.is_causal  # noqa: B018
     c = columns(b)[name].flip(0).roll(1, -1)
     new = b.set(**{name: c})
     assert columns(new)[name] is c and all(columns(new)[n] is columns(b)[n] for n in columns(b) if n != name)
-    assert torch.equal(new.asked, asked(new.weights)) and new.is_causal == causal(new)
+    assert torch.equal(new.loss_positions, asked(new.weights)) and new.is_causal == causal(new)
 
 
 def test_control_set():
     "Replacing a column behind `set`'s back leaves a stale `asked` and `is_causal`: the tests above see that."
-    b = collate([Example([1, 2, 3])]); b.asked, b.is_causal  # noqa: B018
+    b = collate([Example([1, 2, 3])]); b.loss_positions, b.is_causal  # noqa: B018
     stale = replace(b, weights=torch.ones(1, 3), order=torch.zeros(1, 3, dtype=torch.long))
-    assert not torch.equal(stale.asked, asked(stale.weights)) and stale.is_causal != causal(stale)
+    assert not torch.equal(stale.loss_positions, asked(stale.weights)) and stale.is_causal != causal(stale)
 
 
-@pytest.mark.parametrize("name", ["attention_mask", "sees", "pos", "word", "_asked", "extra"])
+@pytest.mark.parametrize("name", ["attention_mask", "sees", "pos", "word", "_loss_positions", "extra"])
 def test_set_refuses(name):
     "`set` takes nothing but the name of a column."
     b = collate([Example([1])])
@@ -201,7 +201,7 @@ def test_with_extra():
     b = collate([Example([1, 2, 3], tokens={"word": [0, 0, 1]})]); b.is_causal  # noqa: B018
     pos = torch.tensor([[5, 6, 7]])                                                    # (B,T)
     new = b.with_extra(pos=pos, private=torch.tensor([[True, False, False]]))
-    assert torch.equal(new.pos, pos) and torch.equal(new.place, b.pos)
+    assert torch.equal(new.pos, pos) and torch.equal(new.doc_pos, b.pos)
     assert new.extra["word"] is b.extra["word"] and b.is_causal and not new.is_causal
     assert new.sees[0].int().tolist() == [[1, 0, 0], [0, 1, 0], [0, 1, 1]]
     with pytest.raises(TypeError, match="order"): b.with_extra(order=pos)
@@ -211,10 +211,10 @@ def test_with_extra():
 def test_to_keeps_what_it_found(b):
     "On a device `asked` and `is_causal` are carried, not computed: shown on one that holds no values."
     there = b.to("cpu")
-    assert torch.equal(there.asked, asked(b.weights)) and there.is_causal == causal(b)
+    assert torch.equal(there.loss_positions, asked(b.weights)) and there.is_causal == causal(b)
     assert all(torch.equal(c, columns(b)[n]) for n, c in columns(there).items())
     blind = b.to("meta")
-    assert blind.is_causal == causal(b) and blind.asked.shape == b.asked.shape and blind.asked.is_meta
+    assert blind.is_causal == causal(b) and blind.loss_positions.shape == b.loss_positions.shape and blind.loss_positions.is_meta
 
 
 def test_control_to_keeps():
@@ -236,7 +236,7 @@ def test_asked(n):
     "Exactly the places with weight, negative ones too, filled to a multiple of 128 and no further."
     w = torch.zeros(4 * 80).index_fill(0, torch.randperm(320)[:n], -.5).view(4, 80)    # (B,T)
     b = collate([Example([1] * 80)] * 4).set(weights=w)
-    assert torch.equal(b.asked, asked(w)) and len(b.asked) == {0: 0, 129: 256, 256: 256}.get(n, 128)
+    assert torch.equal(b.loss_positions, asked(w)) and len(b.loss_positions) == {0: 0, 129: 256, 256: 256}.get(n, 128)
 
 
 def causal(b):
@@ -352,7 +352,7 @@ def test_control_faults():
 def by_token(u, b):
     "The numbers of the real tokens, by example and place."
     real = b.doc > 0                                                                   # (B,T)
-    keys = zip(b.index[real].tolist(), b.place[real].tolist(), strict=True)
+    keys = zip(b.index[real].tolist(), b.doc_pos[real].tolist(), strict=True)
     return dict(zip(keys, u[real].tolist(), strict=True))
 
 
@@ -450,7 +450,7 @@ def test_noise_is_uncorrelated():
 def test_control_uncorrelated():
     "A congruence instead of the hash is caught."
     b = whole()
-    weak = ((b.index * 7919 + b.place * 104729) % 2**24) / 2**24                       # (B,T)
+    weak = ((b.index * 7919 + b.doc_pos * 104729) % 2**24) / 2**24                       # (B,T)
     assert correlation(weak[:, 1:], weak[:, :-1]) > .9
 
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from lmtrain import checkpoint as module
 from lmtrain.batch import Example
-from lmtrain.checkpoint import Save, kept, latest, load_state, restore, resume, save_state, trainer_state, verify
+from lmtrain.checkpoint import Save, checkpoints, latest, load_state, restore, resume, save_state, trainer_state, verify
 from lmtrain.model import Size, Transformer
 from lmtrain.objective import CLM
 from lmtrain.optim import adamw, muon
@@ -57,7 +57,7 @@ def same(a, b): return all(torch.equal(p, q) for p, q in zip(a, b, strict=True))
 
 @pytest.mark.parametrize("optimizer", [adamw, muon])
 def test_resumed_is_uninterrupted(optimizer, tmp_path):
-    "Stopped at every step in turn, kept, read back into a new trainer: the same parameters, bit for bit, with dropout."
+    "Stopped at every step in turn, checkpoints, read back into a new trainer: the same parameters, bit for bit, with dropout."
     whole = new(optimizer=optimizer); whole.fit()
     for at in range(1, 12):
         first = new(Stop(at), optimizer=optimizer); first.fit()
@@ -164,8 +164,8 @@ def test_the_one_before_is_used(tmp_path):
     "The newest is damaged: it is named, and the run goes on from the one before to the same end."
     end = new(); end.fit()
     run = new(Save(tmp_path, every=3, keep=3), Stop(9)); run.fit()
-    assert [p.name for p in kept(tmp_path)] == ["step-00000009", "step-00000006", "step-00000003"]
-    (kept(tmp_path)[0] / "rng.safetensors").unlink()
+    assert [p.name for p in checkpoints(tmp_path)] == ["step-00000009", "step-00000006", "step-00000003"]
+    (checkpoints(tmp_path)[0] / "rng.safetensors").unlink()
     said: list[str] = []
     again = new(); assert resume(again, tmp_path, said.append) == 6
     assert "rng.safetensors is missing; looking for the checkpoint before it" in said[0]
@@ -176,7 +176,7 @@ def test_the_one_before_is_used(tmp_path):
 
 def test_keep(tmp_path):
     run = new(Save(tmp_path, every=2, keep=2)); run.fit()
-    assert [p.name for p in kept(tmp_path)] == ["step-00000012", "step-00000010"]
+    assert [p.name for p in checkpoints(tmp_path)] == ["step-00000012", "step-00000010"]
 
 
 # ---- atomic
@@ -236,7 +236,7 @@ def test_killed_again_and_again(tmp_path):
             time.sleep(dice.random() * .01); p.send_signal(signal.SIGKILL); kills += 1
         _, err = p.communicate()
         assert p.returncode in (0, -signal.SIGKILL), err
-        if kept(tmp_path / "run"): verify(kept(tmp_path / "run")[0])
+        if checkpoints(tmp_path / "run"): verify(checkpoints(tmp_path / "run")[0])
     assert kills == 10
     end = load_state(tmp_path / "end")["end"]
     assert same(weights(want), [end[str(i)] for i in range(len(end))])

@@ -138,10 +138,10 @@ def test_what_was_asked_decides(tmp_path):
 def test_asks_ahead():
     "Only an asked token that does not see the next one, and must say it, counts; blocks that say themselves do not."
     b = collate([Example([1, 5, 6, 7])])
-    assert shift(b).asks_ahead and not b.asks_ahead
-    assert not shift(b).set(order=torch.zeros_like(b.order)).asks_ahead
+    assert shift(b).predicts_next and not b.predicts_next
+    assert not shift(b).set(order=torch.zeros_like(b.order)).predicts_next
     blocks = b.set(order=b.order // 2)
-    assert not hide(blocks, b.order >= 0, 3).asks_ahead and shift(blocks).asks_ahead
+    assert not hide(blocks, b.order >= 0, 3).predicts_next and shift(blocks).predicts_next
 
 
 # ---- writing
@@ -183,7 +183,7 @@ def test_stops():
     (lambda m: generate(m, [[1]], 2, top_p=0.), "top_p"), (lambda m: generate(m, [[1]], 2, temperature=-1.), "temperature"),
     (lambda m: generate(m, ["hello"], 2), "encode"), (lambda m: examples("the sea", TOK, 8), "list of texts"),
     (lambda m: train_bpe("the sea"), "list of texts"), (lambda m: train_chars("the sea"), "list of texts"),
-    (lambda m: Trainer(m, CLM(), [collate(ROWS[:2])], steps=1).fit(), "asks nothing"),
+    (lambda m: Trainer(m, CLM(), [collate(ROWS[:2])], steps=1).fit(), "nothing in the loss"),
     (lambda m: Trainer(m, CLM(), Loader(ROWS, PrefixLM(.5), 4, 16)), "give both the same"),
     (lambda m: next(iter(Loader([], CLM(), 4, 16))), "empty"),
     (lambda m: [b for b, _ in zip(Loader(iter(ROWS[:4]), CLM(), 4, 16), range(3), strict=False)], "only once"),
@@ -284,7 +284,7 @@ def test_compare():
     html = compare([CLM(), Hidden(.2), Hidden(.6)], base, TOK)
     some, more = (Hidden(r).corrupt(base, Noise()).weights for r in (.2, .6))          # (1,T) each
     assert all(repr(o) in html for o in (CLM(), Hidden(.2), Hidden(.6))) and (more >= some).all()
-    for w in (some, more): assert f"{int(w.sum())} of {int((base.doc > 0).sum())} tokens asked" in html
+    for w in (some, more): assert f"{int(w.sum())} of {int((base.doc > 0).sum())} tokens in the loss" in html
 
 
 # ---- checkpoints and faults

@@ -16,8 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lmtrain import corpora
-from lmtrain.files import passages
-from lmtrain.corpora import (apis, catalogue, coin, corpus, docstrings, fetch, held_out, kept, link_graph,
+from lmtrain.files import checked, passages
+from lmtrain.corpora import (apis, catalogue, coin, corpus, docstrings, fetch, held_out, cached, link_graph,
                              near_duplicates, read_wheel, xz_bits)
 
 WORDS = "the sea was calm and sailors sang of ships that never came home again under a red moon".split()
@@ -154,10 +154,10 @@ def test_a_crash_leaves_no_half_file(cache):
     def half(path):
         path.write_text("half")
         raise OSError(errno.ENOSPC, "No space left on device")
-    with pytest.raises(OSError): kept(cache / "x", half)
+    with pytest.raises(OSError): cached(cache / "x", half)
     assert not list(cache.iterdir())
-    assert kept(cache / "x", lambda p: p.write_text("whole")).read_text() == "whole"
-    assert kept(cache / "x", half).read_text() == "whole"
+    assert cached(cache / "x", lambda p: p.write_text("whole")).read_text() == "whole"
+    assert cached(cache / "x", half).read_text() == "whole"
 
 
 def wheel(path: Path, files: dict[str, str]) -> Path:
@@ -291,7 +291,7 @@ def test_faulty_files(tmp_path, name, data, message):
 def test_utf8_across_a_block_is_fine(tmp_path):
     "A character cut by the reader's block is not a fault: the control of the test above."
     (tmp_path / "a.txt").write_bytes(b"a" * (2**20 - 1) + "é".encode() + b"\n\nend")
-    assert corpora.checked(tmp_path / "a.txt") == [tmp_path / "a.txt"]
+    assert checked(tmp_path / "a.txt") == [tmp_path / "a.txt"]
 
 
 def test_wrong_names():

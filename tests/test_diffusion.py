@@ -108,7 +108,7 @@ def by_enumeration(f, schedule, nodes=40):
             q = Diffusion(M, Scripted(schedule, t, S)).corrupt(b, Noise())
             assert torch.equal(q.ids == M, q.weights > 0)
             if S not in cache: cache[S] = Diffusion(M).terms(model, q.set(weights=(q.ids == M).float())).double()
-            row = q.asked[:27 * len(S)] // L
+            row = q.loss_positions[:27 * len(S)] // L
             terms = torch.zeros(27, dtype=torch.float64).index_add(0, row, cache[S][:len(row)])
             out += w * share**len(S) * (1 - share)**(L - len(S)) * q.weights.amax(1).double() * terms
     return out
@@ -282,7 +282,7 @@ def test_shifted(net):
     for b in collate(ASKED), collate(ASKED, 40, pack=True):
         for seed in range(4):
             a, c = Diffusion(M, shifted=True).corrupt(b, Noise(seed)), Diffusion(M).corrupt(b, Noise(seed))
-            inner = b.place > 0
+            inner = b.doc_pos > 0
             assert torch.equal(a.ids[inner], c.ids[inner]) and torch.equal(a.ids[~inner], b.ids[~inner])
             logits = net.head(net(a)).index_fill(2, torch.tensor([M]), -torch.inf).roll(1, 1).log_softmax(-1)
             want = -(torch.where(inner, c.weights, 0.) * logits.gather(2, b.clean[..., None])[..., 0]).sum()
@@ -356,10 +356,10 @@ def test_prompt_stays_clean(objective):
     for seed in range(200):
         q = objective.corrupt(b, Noise(seed))
         ever |= q.ids[:, :T] != b.ids
-        asked = torch.zeros(q.ids.numel() + 1).index_fill(0, q.asked, 1)[:-1].view(q.ids.shape) > 0  # (B,T or 2T)
+        asked = torch.zeros(q.ids.numel() + 1).index_fill(0, q.loss_positions, 1)[:-1].view(q.ids.shape) > 0  # (B,T or 2T)
         says = asked[:, :T] if not getattr(objective, "shifted", False) else asked[:, :T].roll(1, 1)
         assert not (says & ~b.answer).any() and torch.equal(q.clean[:, :T], b.clean)
-    first = b.place == 0 if getattr(objective, "shifted", False) else torch.zeros_like(ever)
+    first = b.doc_pos == 0 if getattr(objective, "shifted", False) else torch.zeros_like(ever)
     assert torch.equal(ever, b.answer & ~first)
     no_answers = objective.corrupt(collate([Example([5, 6], [False, False])]), Noise())
     assert not no_answers.weights.any() and objective.count(no_answers)[objective.name] == 0
@@ -398,7 +398,7 @@ def test_exact_k_is_unbiased(f):
             hit, w = exact_k.masks(torch.full((27, L), (k - .5) / L), torch.tensor([u]).expand(27, L), b.answer, b.doc)
             q = hide(b.set(order=torch.zeros_like(b.order)), hit, M).set(weights=w)
             terms = Diffusion(M).terms(model, q)[:27 * k].double()
-            total += torch.zeros(27, dtype=torch.float64).index_add(0, q.asked[:27 * k] // L, terms) / 18
+            total += torch.zeros(27, dtype=torch.float64).index_add(0, q.loss_positions[:27 * k] // L, terms) / 18
     torch.testing.assert_close(total, torch.tensor([any_order(f, x) for x in TEXTS]), rtol=2e-6, atol=0)
 
 
@@ -520,7 +520,7 @@ def test_blocks_are_orders(block, orders, schedule):
             objective = BlockDiffusion(M, block, Scripted(schedule, t, S))
             q = objective.corrupt(b, Noise())
             terms = objective.terms(Table(f), q).double()[:27 * len(S)]
-            each = torch.zeros(27, dtype=torch.float64).index_add(0, q.asked[:27 * len(S)] // (2 * L), terms)
+            each = torch.zeros(27, dtype=torch.float64).index_add(0, q.loss_positions[:27 * len(S)] // (2 * L), terms)
             total += w * share**len(S) * (1 - share)**(L - len(S)) * each
     want = torch.tensor([np.mean([in_order(f, x, o) for o in orders]) for x in TEXTS])
     torch.testing.assert_close(total, want, rtol=3e-6, atol=0)
@@ -632,9 +632,9 @@ def test_uniform_class():
     for seed in range(8):
         b = collate([Example(list(x), index=n) for n in range(500)])
         q = objective.corrupt(b, Noise(seed))
-        terms, row = objective.terms(Free(f), q).double(), q.asked.clamp(min=0) // 3
+        terms, row = objective.terms(Free(f), q).double(), q.loss_positions.clamp(min=0) // 3
         losses.append(torch.zeros(500, dtype=torch.float64).index_add(0, row, terms))
-        assert terms[q.asked < 0].abs().sum() == 0
+        assert terms[q.loss_positions < 0].abs().sum() == 0
     losses = torch.cat(losses)
     t, w = rule(60)
     lo, hi = 1e-3**(1 / 3), (1 - 1e-3)**(1 / 3)

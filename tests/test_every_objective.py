@@ -64,7 +64,7 @@ def questions(b):
     "What is read and asked of every token: (example, place, noised or clean half) -> (read, target, weight)."
     real = b.doc > 0                                                                   # (B,T)
     half = torch.arange(b.ids.shape[1]) * 2 // b.ids.shape[1] if "private" in b.extra else torch.zeros(b.ids.shape[1])
-    place = b.extra["pos"] if "pos" in b.extra else b.place                            # (B,T)
+    place = b.extra["pos"] if "pos" in b.extra else b.doc_pos                            # (B,T)
     keys = zip(b.index[real].tolist(), place[real].tolist(), half.expand_as(b.ids)[real].tolist(), strict=True)
     asked = b.weights != 0                                                             # (B,T)
     values = zip(b.ids[real].tolist(), b.targets.where(asked, 0)[real].tolist(), b.weights[real].tolist(), strict=True)

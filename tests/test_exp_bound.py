@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from lmtrain.experiments.bound import ARMS, SETS, TEXTS, expected, laws, orders, perfect, plot, prices, run, toy, verdict
+from lmtrain.experiments.bound import ARMS, SETS, TEXTS, expected, checks, orders, perfect, plot, prices, run, toy, verdict
 from lmtrain.objectives.diffusion import linear
 
 
@@ -23,7 +23,7 @@ def made_up(rows, bits):
 def test_run_and_laws(rows):
     "At a hundredth of the size: every arm is there, every law holds, the plot is drawn."
     assert {r["arm"] for r in rows} == {"perfect", "ignorant", *ARMS}
-    assert all(laws(rows).values()) and not verdict(rows).shown  # one seed has no interval
+    assert all(checks(rows).values()) and not verdict(rows).shown  # one seed has no interval
     assert len(plot(rows).axes) == 2
 
 
@@ -42,7 +42,7 @@ def test_verdict(rows):
 def test_each_law_sees_its_mistake(rows, name, change):
     "Negative controls: rows as a wrong loss would write them break a law."
     wrong = [{**r, name: change(r[name])} if name in r else r for r in rows]
-    assert not all(laws(wrong).values())
+    assert not all(checks(wrong).values())
 
 
 def test_by_another_route():

@@ -19,7 +19,7 @@ def test_run(rows):
     "Seven arms and two laws; one seed shows nothing; the plot is drawn."
     assert {r["arm"] for r in rows} == {*SHARES, "turns", "phases", "law, causal", "law, masked"}
     v = verdict(rows)
-    assert all(v.laws.values()) and len(v.laws) == 2 and not v.shown and len(plot(rows).axes) == 3
+    assert all(v.checks.values()) and len(v.checks) == 2 and not v.shown and len(plot(rows).axes) == 3
 
 
 def test_pairs_differ_in_one_thing():

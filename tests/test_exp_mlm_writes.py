@@ -22,7 +22,7 @@ def test_run(rows):
     "Six writers, two tasks; laws hold; one seed shows nothing; the plot is drawn."
     assert {r["arm"] for r in rows} == {f"{a}: {t}" for a in arms(3, range(7, 40)) for t in TASKS}
     v = verdict(rows)
-    assert all(v.laws.values()) and not v.shown and len(plot(rows).axes) == 2
+    assert all(v.checks.values()) and not v.shown and len(plot(rows).axes) == 2
 
 
 def test_hidden():
@@ -80,4 +80,4 @@ def test_verdict(rows):
     assert not verdict(made_up(rows, -.2, .2)).shown and not verdict(made_up(rows, .2, -.2)).shown
     cheated = [{**r, "kept": False} if r["arm"] == "masked .3: fill" else r for r in made_up(rows, -.2, -.2)]
     uneven = [{**r, "gaps": 33} if r["arm"] == "masked .3: fill" else r for r in made_up(rows, -.2, -.2)]
-    for wrong in (cheated, uneven): assert not verdict(wrong).shown and not all(verdict(wrong).laws.values())
+    for wrong in (cheated, uneven): assert not verdict(wrong).shown and not all(verdict(wrong).checks.values())

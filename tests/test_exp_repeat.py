@@ -17,7 +17,7 @@ def test_run(rows):
     "Five curves; laws hold; one seed shows nothing; the plot is drawn."
     assert {r["arm"] for r in rows} == {*arms(3)}
     v = verdict(rows)
-    assert all(v.laws.values()) and not v.shown and len(plot(rows).axes) == 1
+    assert all(v.checks.values()) and not v.shown and len(plot(rows).axes) == 1
 
 
 def test_hidden_inputs():
@@ -63,4 +63,4 @@ def test_verdict():
     better = [{**r, "report": [1.0] * 4} if r["arm"] == "causal, inputs hidden" else r for r in made_up(2.5)]
     assert not verdict(better).shown                                                   # one arm is enough
     law = "causal arms begin with the same weights"
-    assert verdict(made_up(2.5)).laws[law] and not verdict(better).laws[law]           # and its other start is seen
+    assert verdict(made_up(2.5)).checks[law] and not verdict(better).checks[law]           # and its other start is seen

@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from lmtrain.experiments.samplers import (
-    CANVASES, GAP, RANKS, TEXTS, chains, conditionals, law, laws, moves, picks, plot, run, toys, verdict)
+    CANVASES, GAP, RANKS, TEXTS, chains, checks, conditionals, moves, picks, plot, run, text_probs, toys,
+    verdict)
 from lmtrain.generation import confident
-from lmtrain.objectives.samplers import ancestral, denoise, first_hitting, most_confident, peak, said
+from lmtrain.objectives.samplers import ancestral, denoise, first_hitting, most_confident, max_prob, token_prob
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +22,7 @@ def test_run_and_laws(rows):
     "At a hundredth of the size every sampler and the unseen text are there, the laws hold, the plot is drawn."
     arms = {r["arm"] for r in rows}
     assert {*picks(4, 0), "unseen text", "ancestral 1"} <= arms
-    assert all(laws(rows).values()) and not verdict(rows).shown and len(plot(rows).axes) == 2
+    assert all(checks(rows).values()) and not verdict(rows).shown and len(plot(rows).axes) == 2
 
 
 def test_forwards(rows):
@@ -31,24 +32,24 @@ def test_forwards(rows):
     assert asked["ancestral 16"] <= 16 and asked["ancestral 64"] <= 32 and asked["threshold .9"] <= 16
 
 
-@pytest.mark.parametrize("name, steps, sure", [("blind", first_hitting(3), said), ("surest draw", most_confident(3, 3), said),
-                                               ("surest place", most_confident(3, 3), peak), ("ancestral 2", ancestral(2), said)])
+@pytest.mark.parametrize("name, steps, sure", [("blind", first_hitting(3), token_prob), ("surest draw", most_confident(3, 3), token_prob),
+                                               ("surest place", most_confident(3, 3), max_prob), ("ancestral 2", ancestral(2), token_prob)])
 def test_matrices_are_what_the_sampler_does(q, name, steps, sure):
     "60,000 texts by `denoise` against the matrices: chi-square below its 1e-6 quantile (83 for 26 degrees of freedom)."
     logits = torch.cat([q.log(), torch.zeros(64, 3, 1)], 2)                            # (64,3,4)
     perfect = lambda canvas: logits[(canvas * torch.tensor([16, 4, 1])).sum(1)]
     n = 60000
-    ids = denoise(perfect, torch.full((n, 3), GAP), GAP, steps, sure=sure, seed=5).ids
+    ids = denoise(perfect, torch.full((n, 3), GAP), GAP, steps, confidence=sure, seed=5).ids
     seen = torch.bincount((ids * torch.tensor([9, 3, 1])).sum(1), minlength=27)        # (27,)
     chi = lambda p: float(((seen - n * p) ** 2 / (n * p).clamp(min=1e-9))[n * p > 5].sum())
-    assert chi(law(chains(q)[name])) < 83
+    assert chi(text_probs(chains(q)[name])) < 83
     other = "surest draw" if name != "surest draw" else "blind"
-    assert chi(law(chains(q)[other])) > 1000                                           # control: another sampler's law
+    assert chi(text_probs(chains(q)[other])) > 1000                                           # control: another sampler's law
 
 
 def test_moves(q):
     "Each row is a distribution; whole texts stay; a pick of one place fills one gap."
-    K = moves(q, confident(1), said)
+    K = moves(q, confident(1), token_prob)
     assert torch.allclose(K.sum(1), torch.ones(64).double()) and (K[TEXTS, TEXTS] == 1).all()
     gaps = torch.tensor([z.count(GAP) for z in CANVASES])
     assert all(gaps[m] == max(0, gaps[n] - 1) for n, m in K.nonzero().tolist())
@@ -77,6 +78,6 @@ def test_each_law_sees_its_mistake(q):
     as_rows = lambda t: [{"arm": a, "seed": 0, **v} for a, v in t.items()]
     biased = {**good, "blind": good["surest draw"]}
     slow = {**good, "ancestral 64": good["ancestral 16"]}
-    short = {**good, "blind": {**good["blind"], "mass": float(law(chains(q)["blind"][:2]).sum())}}
-    assert all(laws(as_rows(good)).values()) and {*RANKS} <= {*good}
-    for wrong in (biased, slow, short): assert not all(laws(as_rows(wrong)).values())
+    short = {**good, "blind": {**good["blind"], "mass": float(text_probs(chains(q)["blind"][:2]).sum())}}
+    assert all(checks(as_rows(good)).values()) and {*RANKS} <= {*good}
+    for wrong in (biased, slow, short): assert not all(checks(as_rows(wrong)).values())

@@ -140,4 +140,4 @@ def test_fill_at_the_place_or_before_it():
 def test_faults_of_fill():
     model, ids = model_of(), torch.tensor([[1, 0]])
     with pytest.raises(ValueError, match="first token"): fill(model, ids, torch.tensor([[True, True]]), 0, left_to_right, shifted=True)
-    with pytest.raises(ValueError, match="no place"): fill(model, ids, ids == 0, 0, lambda p, todo: todo & False)
+    with pytest.raises(ValueError, match="no position"): fill(model, ids, ids == 0, 0, lambda p, todo: todo & False)

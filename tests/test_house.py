@@ -62,7 +62,7 @@ def test_export_and_clean_leave_no_diff(tmp_path):
     for name in ("pyproject.toml", "settings.ini"): shutil.copy(ROOT / name, tmp_path)
     assert drift(tmp_path) == ""
     path = tmp_path / "lmtrain" / "objective.py"
-    path.write_text(path.read_text().replace("Ask each position", "Tell each position"))
+    path.write_text(path.read_text().replace("Labels are the next", "Labels were the next"))
     assert "objective.py" in drift(tmp_path)
 
 

@@ -81,8 +81,8 @@ def test_learner_begins_again(tok, pages, model):
 
 def test_what_comes_with_the_labs():
     "The file of writings and readers is whole: probabilities, steps and tokens fit, and the bias of the surest draw shows."
-    from lmtrain.labs.small import kept
-    k = kept()
+    from lmtrain.labs.small import stored
+    k = stored()
     for w in k["writings"]: assert len(w["ids"]) == len(w["when"]) == len(w["p"]) and 0 <= min(w["p"]) and max(w["p"]) <= 1
     share = {w["name"]: w["pairs"] for w in k["writings"]}
     assert share["surest draw first"] < .7 * share["blind order"] and abs(share["left to right"] - k["varied"]) < .1

@@ -14,7 +14,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss, ForMaskedLMLoss
 from lmtrain.batch import Example, Noise, collate
 from lmtrain.model import Size, Transformer, moved
 from lmtrain.objective import CLM, PrefixLM, nll
-from lmtrain.objectives.masked import (MLM, RTD, Anneal, Electra, Spans, candidates, chosen, collator_masks, disguise,
+from lmtrain.objectives.masked import (MLM, RTD, Anneal, Electra, Spans, candidates, chosen, collator_masks, bert_corrupt,
                                        drawn, forged, parts, span_corrupt, span_mask, tiles, widths, word_starts,
                                        words_of)
 from lmtrain.text import train_chars
@@ -108,7 +108,7 @@ def test_control_shares():
 
 
 def test_random_tokens():
-    "A swapped token is any ordinary one, equally often, and no special; the collator's, the control, is one at times."
+    "A swapped token is any regular_ids one, equally often, and no special; the collator's, the control, is one at times."
     q = MLM(M, ORDINARY, .9, keep=0, swap=1).corrupt(LONG, Noise(2))
     on, n = q.weights > 0, len(ORDINARY)                                               # (B,T)
     counts = q.ids[on].bincount(minlength=V)                                           # (V,)
@@ -119,13 +119,13 @@ def test_random_tokens():
 
 
 def test_the_highest_number_is_still_a_token():
-    "The largest number that noise can give, 1 - 2**-24, makes the last ordinary token, for any size of vocabulary."
+    "The largest number that noise can give, 1 - 2**-24, makes the last regular_ids token, for any size of vocabulary."
     class Top(Noise):
         def at(self, index, place, draw=0): return torch.full(index.shape, 1 - 2**-24)  # (n,)
     b = collate([Example([8, 9])])
     every, one = torch.ones(1, 2, dtype=torch.bool), torch.arange(2)[None]             # (1,2) (1,2)
     for n in (3, 53, 1000, 50257, 2**17, 256000):
-        assert disguise(b, every, one, Top(), M, range(7, 7 + n), 0., 1.).ids.tolist() == [[6 + n] * 2]
+        assert bert_corrupt(b, every, one, Top(), M, range(7, 7 + n), 0., 1.).ids.tolist() == [[6 + n] * 2]
     assert widths(torch.tensor([0., 1 - 2**-24]), .2, 10).tolist() == [1, 10]
 
 
@@ -209,7 +209,7 @@ def test_words_of(tok):
 
 
 def test_words_are_hidden_whole():
-    "All ordinary tokens of a word are hidden or none, with one fate; the rate is the words'. Control: words=False."
+    "All regular_ids tokens of a word are hidden or none, with one fate; the rate is the words'. Control: words=False."
     docs = [doc(60, i) for i in range(200)]
     b = collate(docs)
     word = b.index * 1000 + b.extra["word"]                                            # (B,T)
@@ -270,7 +270,7 @@ def test_tiles_equal_a_loop(words, layout):
         at = b.index == e.index                                                        # (B,T)
         spans = plain_tiles(e.tokens["word"] if words else range(len(e)), numbers[at].tolist(), .2, 10)
         want = torch.tensor([spans.index(s) for s in spans])                           # (n,)
-        assert torch.equal(b.place.gather(1, first)[at], want)
+        assert torch.equal(b.doc_pos.gather(1, first)[at], want)
         unlike += not torch.equal(first[at], wrong[at])
     assert unlike > 0 or "pack" not in layout
 
@@ -338,7 +338,7 @@ def test_shifted_packed():
     b = collate([doc(n, i, bos=False) for i, n in enumerate([5, 2, 9, 3] * 8)], 30, pack=True)
     q, plain = (MLM(M, ORDINARY, .9, 0., 0., shifted=s).corrupt(b, Noise(1)) for s in (True, False))
     hidden = q.ids == M                                                                # (B,T)
-    assert (plain.ids == M)[b.place == 0].any() and not hidden[(b.place == 0) & (b.doc > 0)].any()
+    assert (plain.ids == M)[b.doc_pos == 0].any() and not hidden[(b.doc_pos == 0) & (b.doc > 0)].any()
     assert torch.equal(q.weights[:, :-1] > 0, hidden[:, 1:]) and torch.equal(q.answer, b.answer)
     on = q.weights[:, :-1] > 0                                                         # (B,T-1)
     assert torch.equal(q.targets[:, :-1][on], b.clean[:, 1:][on])
@@ -456,7 +456,7 @@ def test_anneal():
 @pytest.mark.parametrize("make, why", [
     (lambda: MLM(M, ORDINARY, rate=1.5), "rate=1.5"), (lambda: MLM(M, ORDINARY, rate=lambda e: -1.), "rate=-1"),
     (lambda: MLM(M, ORDINARY, keep=.6, swap=.6), "keep \\+ swap"), (lambda: MLM(8, ORDINARY), "mask_id=8"),
-    (lambda: MLM(M, range(9, 9)), "ordinary"), (lambda: Spans(M, ORDINARY, p=0.), "0 < p < 1"),
+    (lambda: MLM(M, range(9, 9)), "regular_ids"), (lambda: Spans(M, ORDINARY, p=0.), "0 < p < 1"),
     (lambda: Spans(M, ORDINARY, longest=0), "longest"), (lambda: RTD(MLM(M, ORDINARY, shifted=True)), "shifted")])
 def test_refusals(make, why):
     "Shares that are none, masks that are words, and spans without length are refused by name."
@@ -640,8 +640,8 @@ def test_electra_equals_a_loop(layout):
     assert abs(terms["generator"] / gaps - 1) < 1e-5 and abs(terms["discriminator"] / doubts - 1) < 1e-4
     count = o.count(b)
     assert count["generator"] == (b.weights > 0).sum() and count["discriminator"] == sum(len(d) - 1 for d in DOCS)
-    logits = model.generator.head(model.generator(b).flatten(0, 1)[b.asked])           # (N,V)
-    fake = forged(b, drawn(logits, b.extra["dice"].flatten()[b.asked]))
+    logits = model.generator.head(model.generator(b).flatten(0, 1)[b.loss_positions])           # (N,V)
+    fake = forged(b, drawn(logits, b.extra["dice"].flatten()[b.loss_positions]))
     assert torch.equal(fake.ids, new) and 0 < int((new != b.clean).sum()) < int(count["generator"])
     assert not (new != b.clean)[b.weights == 0].any()
 
@@ -713,8 +713,8 @@ def test_forgeries_in_any_batch():
     "The same forged words alone, packed and padded; in another epoch others."
     model, o = pair(), RTD(MLM(M, ORDINARY, .3))
     def words(b):
-        h = model.generator(b).flatten(0, 1)[b.asked]                                  # (N,D)
-        fake = forged(b, drawn(model.generator.head(h), b.extra["dice"].flatten()[b.asked]))
+        h = model.generator(b).flatten(0, 1)[b.loss_positions]                                  # (N,D)
+        fake = forged(b, drawn(model.generator.head(h), b.extra["dice"].flatten()[b.loss_positions]))
         return {i: fake.ids[b.index == i].tolist() for i in b.index[b.doc > 0].unique().tolist()}
     want = words(o.corrupt(collate(DOCS), Noise(7)))
     for b in collate(DOCS, 70, pack=True), collate(DOCS[::-1], 50): assert words(o.corrupt(b, Noise(7))) == want

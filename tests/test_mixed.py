@@ -168,12 +168,12 @@ def test_a_part_keeps_its_own_draws(monkeypatch):
 def test_share_of_one_is_the_part(part, weigh, pack, first):
     "With a share of 1 the columns, the loss and the gradient are the part's own, bit for bit; the other's term is 0."
     class Adds(CLM):
-        def corrupt(self, b, noise): return shift(b).with_extra(pos=b.place, private=b.answer)
+        def corrupt(self, b, noise): return shift(b).with_extra(pos=b.doc_pos, private=b.answer)
     parts = {"it": part, "other": Adds()} if first else {"other": Adds(), "it": part}
     mix = Mix((1., 0.) if first else (0., 1.), weigh, **parts)
     b, model = collate(some(12), 30 if pack else None, pack=pack), net()
     q, want = mix.corrupt(b, Noise(3)), part.corrupt(b, Noise(3))
-    assert same(q, want) and {*q.extra} == {"part", "share", "asks"} and q.is_causal == want.is_causal
+    assert same(q, want) and {*q.extra} == {"part", "share", "loss_tokens"} and q.is_causal == want.is_causal
     (g, terms), (h, means) = gradient(model, mix, [q]), gradient(model, part, [want])
     assert torch.equal(g, h) and terms == {"it": means[part.name], "other": 0.}
     if part != CLM() and not pack:  # the control: other shares, another gradient
@@ -206,7 +206,7 @@ def test_control_positions():
     "Had the other rows position 0 everywhere, as for any other column, their hidden states would be others."
     model, b = net(), collate(some(6), 14)
     with torch.no_grad(): want, zero = model(b), model(b.with_extra(pos=torch.zeros_like(b.ids)))  # (B,T,D) (B,T,D)
-    q = merged([(torch.tensor([0]), b[[0]].with_extra(pos=b[[0]].place)), (torch.arange(1, 6), b[1:])])
+    q = merged([(torch.tensor([0]), b[[0]].with_extra(pos=b[[0]].doc_pos)), (torch.arange(1, 6), b[1:])])
     with torch.no_grad(): torch.testing.assert_close(model(q), want)
     assert (zero - want).abs().max() > .1
 
@@ -286,8 +286,8 @@ def test_a_part_counts_as_it_says():
         mix = Mix((.5, .5), weigh, clm=CLM(), it=o)
         q = mix.corrupt(b, Noise(1))
         own = q.extra["part"] == 1                                                     # (B,)
-        assert torch.equal(q.extra["asks"][own], b.answer[own].sum(1))
-        total, count = int(q.extra["asks"].sum()), mix.count(q)
+        assert torch.equal(q.extra["loss_tokens"][own], b.answer[own].sum(1))
+        total, count = int(q.extra["loss_tokens"].sum()), mix.count(q)
         assert count["it"] == {by_token: total, by_sequence: 16, by_gradient: int(b.answer[own].sum())}[weigh]
 
 
@@ -418,7 +418,7 @@ def take(batches, n): return list(itertools.islice(iter(batches), n))
 def tokens(batches):
     "(example, place) -> (part, read, asked), of every real token."
     return {(i, p): (k, t, w) for b in batches for i, p, k, t, w in zip(*(c[b.doc > 0].tolist() for c in (
-        b.index, b.place, b.extra["part"][:, None].expand_as(b.ids), b.ids, b.weights)), strict=True)}
+        b.index, b.doc_pos, b.extra["part"][:, None].expand_as(b.ids), b.ids, b.weights)), strict=True)}
 
 
 ALTERNATE = Curriculum([(1, 0), (0, 1), (.5, .5)], clm=CLM(), mntp=MNTP)
@@ -634,7 +634,7 @@ def test_sequential_denoiser_asks_answers_only():
         got = ul2(replace(e, index=i), Noise(), SENTINELS, MODES, [Denoiser(.25)]).answer[1:]
         n = sum(got)
         assert 1 <= n <= 3 and [t for t in range(10) if got[t]] == [1, 2, 4, 5, 7, 8][-n:]
-    with pytest.raises(ValueError, match="nothing to ask"):
+    with pytest.raises(ValueError, match="nothing to mask"):
         ul2(Example([1, 2], [False, False], index=0), Noise(), SENTINELS, MODES, [Denoiser(.25)])
 
 
@@ -745,6 +745,6 @@ def test_fim_between_characters_leaves_half_characters():
     (replace(page(9), tokens={"word": [0] * 9}), MARKS, "word"),
     (Example([1, 2, 3], [True, False, True], index=0), MARKS, "plain text")])
 def test_fim_refuses(e, marks, words):
-    "Marks that are not three, examples without an index, with columns, or with gaps in what is answered."
+    "Metrics that are not three, examples without an index, with columns, or with gaps in what is answered."
     with pytest.raises(ValueError, match=words): fim(e, Noise(), marks, rate=1.)
 

@@ -292,7 +292,7 @@ def test_moves_where_it_sees(deep, b):
 
 def leaky_prefix(b):
     "Broken on purpose: all unanswered tokens share an order, so the first question sees the second."
-    return b.set(order=torch.where(b.answer, b.place + 1, 0))
+    return b.set(order=torch.where(b.answer, b.doc_pos + 1, 0))
 
 
 def test_control_turns_leak(deep):

@@ -48,7 +48,7 @@ def test_shift_asks_clean():
     read = shift(b.set(ids=torch.zeros_like(b.ids)))
     asked = sum(sum(e.answer[1:]) for e in ANSWERED)
     assert torch.equal(read.targets[:, :-1], b.clean[:, 1:]) and int(read.weights.sum()) == asked
-    assert not read.weights[:, :-1][b.place[:, 1:] == 0].any()
+    assert not read.weights[:, :-1][b.doc_pos[:, 1:] == 0].any()
 
 
 def test_hide():
@@ -68,7 +68,7 @@ def both(net, objective, b):
     net.zero_grad()
     b = objective.corrupt(b, Noise(1))
     objective.loss(net, b)[objective.name].backward()
-    terms = b.weights.flatten()[b.asked] * nll(net, b)                                 # (N,)
+    terms = b.weights.flatten()[b.loss_positions] * nll(net, b)                                 # (N,)
     return terms.double().sum().item(), [p.grad.clone() for p in net.parameters()]
 
 
@@ -99,10 +99,10 @@ def test_control_layout(net, objective):
     class OneDocument(type(objective)):
         def corrupt(self, b, noise):
             new = super().corrupt(b, noise)
-            return new.set(doc=(b.doc > 0).long(), order=b.order).with_extra(pos=b.place)
+            return new.set(doc=(b.doc > 0).long(), order=b.order).with_extra(pos=b.doc_pos)
 
     class Stretched(type(objective)):  # a constant shift would change nothing: rotary positions are relative
-        def corrupt(self, b, noise): return super().corrupt(b, noise).with_extra(pos=2 * b.place)
+        def corrupt(self, b, noise): return super().corrupt(b, noise).with_extra(pos=2 * b.doc_pos)
     net.double()
     want, packed = both(net, objective, collate(ANSWERED)), collate(ANSWERED, 44, pack=True)
     for broken in OneDocument(), Stretched():
@@ -135,9 +135,9 @@ def test_nll(net, temperature):
     b = random_rows()
     want = full(net, b, temperature).gather(2, b.targets[..., None])[..., 0]           # (B,T)
     have = nll(net, b, temperature=temperature)                                        # (N,)
-    real = b.asked >= 0                                                                # (N,)
+    real = b.loss_positions >= 0                                                                # (N,)
     assert len(have) == 128 and not have[~real].any() and int(real.sum()) == int(b.weights.sum())
-    torch.testing.assert_close(have[real], -want.flatten()[b.asked[real]], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(have[real], -want.flatten()[b.loss_positions[real]], atol=1e-5, rtol=1e-5)
     want = torch.where(b.weights > 0, want, 0.)                                        # (B,T)
     torch.testing.assert_close(logp(net, b, temperature), want, atol=1e-5, rtol=1e-5)
     if temperature != 1: assert (have - nll(net, b))[real].abs().max() > .1

@@ -137,7 +137,7 @@ def test_a_failing_run(toy, tmp_path):
     with pytest.raises(RuntimeError, match=r"two-coins, seed 1 \(no table\)"): reproduce(["two-coins"], out=out, say=quiet)
     assert [r.seed for r in of_all("two-coins", out)] == [0, 2] and (out / "README.md").exists()
     toy(breaks=True)
-    with pytest.raises(RuntimeError, match="'falling is down' is broken"): reproduce(["two-coins"], out=out, say=quiet)
+    with pytest.raises(RuntimeError, match="'falling is down' failed"): reproduce(["two-coins"], out=out, say=quiet)
     assert "**broken**: falling is down" in (out / "README.md").read_text()
 
 
@@ -169,5 +169,5 @@ def test_command_line(tmp_path):
     done = lmtrain("samplers", "--seeds", "1", "--size", ".02", "--json", "--out", "r")
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
-    assert {*told} == {"samplers"} and all(told["samplers"]["verdict"]["laws"].values()) and told["samplers"]["rows"]
+    assert {*told} == {"samplers"} and all(told["samplers"]["verdict"]["checks"].values()) and told["samplers"]["rows"]
     assert (tmp_path / "r" / "README.md").exists()

@@ -60,8 +60,8 @@ def test_reading_objectives():
     for o in (CLM(), PrefixLM(.5), PrefixLM()): assert read(repr(o), tok) == o
     assert read("objectives_of_tests.Halves", tok).mask_id == tok.mask_token_id
     got = read("objectives_of_tests.Halves(share=.25)", tok)
-    assert (got.share, got.ordinary) == (.25, range(max(tok.all_special_ids) + 1, len(tok)))
-    assert read("Uniform", tok).vocab == range(len(tok)) and read("MLM(rate=.2)", tok) == MLM(tok.mask_token_id, got.ordinary, .2)
+    assert (got.share, got.regular_ids) == (.25, range(max(tok.all_special_ids) + 1, len(tok)))
+    assert read("Uniform", tok).vocab == range(len(tok)) and read("MLM(rate=.2)", tok) == MLM(tok.mask_token_id, got.regular_ids, .2)
     for wrong, says in {"Noise(seed=1)": "not an objective", "Nothing": "no Nothing", "PrefixLM(cat=.5)": "cat", "CLM(": "cannot be read",
                         "PrefixLM(cut=1+1)": "plain", "os.system('ls')": "not an objective", "(lambda: CLM())()": "no ", "3": None,
                         "PrefixLM(cut=open('x'))": "no open", "objectives_of_tests.Halves(1, 2, 3, 4)": "takes"}.items():
@@ -74,7 +74,7 @@ def module_of_ones_own(tmp_path, monkeypatch):
     "An objective in a file of the user's."
     (tmp_path / "objectives_of_tests.py").write_text(
         "from dataclasses import dataclass\nfrom lmtrain.objective import Objective, hide\n\n\n@dataclass\nclass Halves(Objective):\n"
-        "    mask_id: int\n    ordinary: range\n    share: float = .5\n\n    def corrupt(self, b, noise):\n"
+        "    mask_id: int\n    regular_ids: range\n    share: float = .5\n\n    def corrupt(self, b, noise):\n"
         "        b = b.set(order=b.order * 0)\n        return hide(b, (noise(b) < self.share) & (b.doc > 0), self.mask_id)\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     yield

@@ -13,7 +13,7 @@ from lmtrain.generation import confident, distribution, draw, fill, left_to_righ
 from lmtrain.model import Size, Transformer
 from lmtrain.objectives.diffusion import BlockDiffusion, Schedule, cosine, linear, polynomial
 from lmtrain.objectives.samplers import (
-    ancestral, budget, calm, denoise, first_hitting, flips, guided, most_confident, peak, rates, said, scorer,
+    ancestral, budget, neg_entropy, denoise, first_hitting, flips, guided, most_confident, max_prob, rates, token_prob, scorer,
     semi_autoregressive, threshold, unmask)
 
 # ---- a language of 27 texts and a perfect model of it
@@ -83,7 +83,7 @@ def one_blindly():
     return K
 
 
-def law(kernels):
+def text_probs(kernels):
     now = np.zeros(64); now[AT[M, M, M]] = 1
     for K in kernels: now = now @ K
     assert abs(now[FULL].sum() - 1) < 1e-12
@@ -95,27 +95,27 @@ def away(p): return abs(p - P.ravel()).sum() / 2
 
 def test_ancestral_falls_like_one_over_steps():
     "Total variation .254, .132, .068, .035, .017, .004 at 1, 2, 4, 8, 16, 64 steps: as computed independently."
-    have = [away(law([independent(*r) for r in rates(T)])) for T in (1, 2, 4, 8, 16, 64)]
+    have = [away(text_probs([independent(*r) for r in rates(T)])) for T in (1, 2, 4, 8, 16, 64)]
     assert np.allclose(have, [.254, .132, .068, .035, .017, .004], atol=6e-4)
     assert all(.45 < b / a < .6 for a, b in zip(have[:4], have[1:5], strict=True))
     for s in cosine, polynomial(2.):
-        a, b = (away(law([independent(*r) for r in rates(T, s)])) for T in (16, 32))
+        a, b = (away(text_probs([independent(*r) for r in rates(T, s)])) for T in (16, 32))
         assert .45 < b / a < .6
 
 
 def test_one_a_step_is_exact():
     "A place drawn blindly, or the surest by what does not depend on the draw: total variation 0, to 1e-12."
-    for sure in peak, calm: assert away(law([picked(confident(1), sure)] * 3)) < 1e-12
-    assert away(law([picked(left_to_right, said)] * 3)) < 1e-12
-    assert away(law([one_blindly()] * 3)) < 1e-12
+    for sure in max_prob, neg_entropy: assert away(text_probs([picked(confident(1), sure)] * 3)) < 1e-12
+    assert away(text_probs([picked(left_to_right, token_prob)] * 3)) < 1e-12
+    assert away(text_probs([one_blindly()] * 3)) < 1e-12
 
 
 def test_the_surest_draw_is_biased():
     "By the drawn token's own chance it is .387 from the language, and writes 2.13 nats of its 2.88, with a perfect model."
-    p = law([picked(confident(1), said)] * 3)
+    p = text_probs([picked(confident(1), token_prob)] * 3)
     assert abs(away(p) - .387) < 5e-4 and abs(-(p * np.log(np.maximum(p, 1e-300))).sum() - 2.13) < .005
     assert abs(-(P * np.log(P)).sum() - 2.8829) < 1e-4
-    two = law([picked(f, peak) for f in most_confident(3, 2)])  # two at once is wrong, whatever the order
+    two = text_probs([picked(f, max_prob) for f in most_confident(3, 2)])  # two at once is wrong, whatever the order
     assert .02 < away(two) < .3
 
 
@@ -128,17 +128,17 @@ def unlikely(counts, p):
 
 
 SAMPLERS = {
-    "ancestral(1)": (lambda: ancestral(1), said, lambda: [independent(*r) for r in rates(1)]),
-    "ancestral(4)": (lambda: ancestral(4, seed=3), said, lambda: [independent(*r) for r in rates(4)]),
-    "remasking(6)": (lambda: ancestral(6, cosine, .3), said, lambda: [independent(*r) for r in rates(6, cosine, .3)]),
-    "first hitting": (lambda: first_hitting(3), said, lambda: [one_blindly()] * 3),
-    "surest by said": (lambda: most_confident(3, 3), said, lambda: [picked(confident(1), said)] * 3),
-    "surest by peak": (lambda: most_confident(3, 3), peak, lambda: [picked(confident(1), peak)] * 3),
-    "surest by calm": (lambda: most_confident(3, 3), calm, lambda: [picked(confident(1), calm)] * 3),
-    "two, then one": (lambda: most_confident(3, 2), peak, lambda: [picked(confident(2), peak), picked(confident(1), peak)]),
-    "threshold": (lambda: [threshold(.6)] * 3, said, lambda: [picked(threshold(.6), said)] * 3),
-    "blocks": (lambda: semi_autoregressive(3, 2, 2), said,
-               lambda: [picked(f, said) for f in semi_autoregressive(3, 2, 2)]),
+    "ancestral(1)": (lambda: ancestral(1), token_prob, lambda: [independent(*r) for r in rates(1)]),
+    "ancestral(4)": (lambda: ancestral(4, seed=3), token_prob, lambda: [independent(*r) for r in rates(4)]),
+    "remasking(6)": (lambda: ancestral(6, cosine, .3), token_prob, lambda: [independent(*r) for r in rates(6, cosine, .3)]),
+    "first hitting": (lambda: first_hitting(3), token_prob, lambda: [one_blindly()] * 3),
+    "surest by token_prob": (lambda: most_confident(3, 3), token_prob, lambda: [picked(confident(1), token_prob)] * 3),
+    "surest by max_prob": (lambda: most_confident(3, 3), max_prob, lambda: [picked(confident(1), max_prob)] * 3),
+    "surest by neg_entropy": (lambda: most_confident(3, 3), neg_entropy, lambda: [picked(confident(1), neg_entropy)] * 3),
+    "two, then one": (lambda: most_confident(3, 2), max_prob, lambda: [picked(confident(2), max_prob), picked(confident(1), max_prob)]),
+    "threshold": (lambda: [threshold(.6)] * 3, token_prob, lambda: [picked(threshold(.6), token_prob)] * 3),
+    "blocks": (lambda: semi_autoregressive(3, 2, 2), token_prob,
+               lambda: [picked(f, token_prob) for f in semi_autoregressive(3, 2, 2)]),
 }
 
 
@@ -146,11 +146,11 @@ SAMPLERS = {
 def test_samplers_have_their_laws(name):
     "20,000 texts of `denoise` against the enumerated law, false alarm below 1e-6 each; another law is seen at once."
     steps, sure, kernels = SAMPLERS[name]
-    t = denoise(perfect, torch.full((20_000, 3), M), M, steps(), sure=sure)
+    t = denoise(perfect, torch.full((20_000, 3), M), M, steps(), confidence=sure)
     counts = np.bincount((t.ids * torch.tensor([9, 3, 1])).sum(1), minlength=27)
-    want = law(kernels())
+    want = text_probs(kernels())
     assert unlikely(counts, want) < 77
-    other = law([one_blindly()] * 3) if away(want) > .01 else law([independent(1.)])
+    other = text_probs([one_blindly()] * 3) if away(want) > .01 else text_probs([independent(1.)])
     assert unlikely(counts, other) > 200
 
 
@@ -168,7 +168,7 @@ def test_rates_keep_the_marginals():
 
 def test_remasking_a_perfect_model():
     "With nothing to mend it only adds chances to write two together: further from the language, nearer with more steps."
-    at = {(T, a): away(law([independent(*r) for r in rates(T, linear, a)])) for T in (8, 32) for a in (0., .1)}
+    at = {(T, a): away(text_probs([independent(*r) for r in rates(T, linear, a)])) for T in (8, 32) for a in (0., .1)}
     assert at[8, .1] > at[8, 0.] + .005 and at[32, .1] > at[32, 0.] + .005 and at[32, .1] < at[8, .1] - .01
 
 
@@ -199,7 +199,7 @@ def test_no_mask_is_stranded(n):
         t = denoise(equal, canvas, M, steps)
         assert not (t.ids == M).any() and (t.when > 0).all() and t.when.max() <= len(steps)
     if n % 4:
-        with pytest.raises(ValueError, match="places empty"): denoise(equal, canvas, M, [confident(n // 4)] * 4)
+        with pytest.raises(ValueError, match="positions empty"): denoise(equal, canvas, M, [confident(n // 4)] * 4)
 
 
 def test_blocks_go_from_left_to_right():
@@ -241,9 +241,9 @@ def test_sure():
     "Three measures of how sure, on distributions where each is known."
     q = torch.tensor([[.5, .5, 0, 0], [.25] * 4, [.7, .1, .1, .1]]).double()
     new = torch.tensor([1, 2, 3])
-    torch.testing.assert_close(said(q, new), torch.tensor([.5, .25, .1]).double())
-    torch.testing.assert_close(peak(q, new), torch.tensor([.5, .25, .7]).double())
-    torch.testing.assert_close(calm(q, new)[:2], torch.tensor([.5, .25]).double())
+    torch.testing.assert_close(token_prob(q, new), torch.tensor([.5, .25, .1]).double())
+    torch.testing.assert_close(max_prob(q, new), torch.tensor([.5, .25, .7]).double())
+    torch.testing.assert_close(neg_entropy(q, new)[:2], torch.tensor([.5, .25]).double())
 
 
 class NoMask(torch.nn.Module):

@@ -35,7 +35,7 @@ def test_lossless(any_tok, text):
 
 @pytest.mark.parametrize("text", ["a<|eos|>b", "<|mask|>"])
 def test_control_lossless(any_tok, text):
-    "Read the ordinary way, a spelled special becomes one token and the text is not what it was."
+    "Read the regular_ids way, a spelled special becomes one token and the text is not what it was."
     ids = any_tok(text, add_special_tokens=False)["input_ids"]
     assert {*ids} & {*any_tok.all_special_ids} and any_tok.decode(ids, skip_special_tokens=True) != text
 

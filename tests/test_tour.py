@@ -9,9 +9,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from lmtrain import run as running
 from lmtrain import tour as module
 from lmtrain.batch import Example, Noise, collate
-from lmtrain.checkpoint import Save, kept
+from lmtrain.checkpoint import Save, checkpoints
 from lmtrain.corpora import corpus
 from lmtrain.evaluate import bits_per_byte, interval, ngram_bits, row_bits
 from lmtrain.generation import distribution, generate
@@ -112,8 +113,8 @@ def test_an_interrupted_tour_goes_on(papers, tmp_path, monkeypatch, story, fault
         if trainer.done == 7: raise fault
     request = {"data": str(papers), "steps": 12, "out": tmp_path, "sizes": TINY}
     with monkeypatch.context() as m:
-        m.setattr(module.Evaluate, "after_step", stop)
-        m.setattr(module, "Save", lambda root, every: Save(root, every=5))
+        m.setattr(running.Evaluate, "after_step", stop)
+        m.setattr(running, "Save", lambda root, every: Save(root, every=5))
         with pytest.raises(fault): tour(**request, say=lambda _: None)
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000005"]
     said: list[str] = []
@@ -131,11 +132,11 @@ def test_another_request_starts_anew(papers, tmp_path, monkeypatch):
     "Checkpoints of another plan are not continued."
     def stop(self, trainer): raise Power
     with monkeypatch.context() as m:
-        m.setattr(module.Evaluate, "look", lambda *_: None); m.setattr(module.Evaluate, "after_step", stop)
-        m.setattr(module, "Save", lambda root, every: Save(root, every=1))
-        m.setattr(module.Progress, "after_step", lambda self, trainer: trainer.callbacks[2].after_step(trainer))
+        m.setattr(running.Evaluate, "look", lambda *_: None); m.setattr(running.Evaluate, "after_step", stop)
+        m.setattr(running, "Save", lambda root, every: Save(root, every=1))
+        m.setattr(running.Progress, "after_step", lambda self, trainer: trainer.callbacks[2].after_step(trainer))
         with pytest.raises(Power): tour(str(papers), steps=12, out=tmp_path, sizes=TINY, say=lambda _: None)
-    assert kept(tmp_path / "checkpoints")
+    assert checkpoints(tmp_path / "checkpoints")
     said: list[str] = []
     tour(str(papers), steps=3, out=tmp_path, sizes=TINY, say=said.append)
     assert not any("Going on" in line for line in said)
@@ -288,9 +289,9 @@ def test_pictures_say_what_is_asked():
     b = collate([Example(tok("a <b> & c a <b>")["input_ids"])])
     masked = hide(b, (Noise(seed=2)(b) < .5) & (b.doc > 0), tok.mask_token_id)
     html, n = paint(masked, tok), int((masked.weights != 0).sum())
-    assert 0 < n < b.ids.numel() and html.count("border-bottom") == html.count("230,120,0") == html.count("asked: ") == n
+    assert 0 < n < b.ids.numel() and html.count("border-bottom") == html.count("230,120,0") == html.count("label: ") == n
     assert "<b>" not in html.replace("<b>1:</b>", "") and "&lt;" in html
-    assert paint(b, tok).count("not asked") == b.ids.numel()
+    assert paint(b, tok).count("not in the loss") == b.ids.numel()
     model = Transformer(Size(len(tok), 16, 2, layers=1))
     grid = paint_sees(b.set(order=(b.order - 2).clamp(min=0)), tok)
     sees = b.set(order=(b.order - 2).clamp(min=0)).sees                                # (1,T,T)

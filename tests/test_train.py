@@ -131,14 +131,14 @@ def epoch(batches, epochs=1):
     out, seen = [], 0
     for b in batches:
         out.append(b)
-        seen += int(((b.place == 0) & (b.doc > 0)).sum())
+        seen += int(((b.doc_pos == 0) & (b.doc > 0)).sum())
         if seen >= 23 * epochs: return out
 
 
 def corrupted(batches):
     "What every token of every example became: (example, place) -> (read, asked)."
     return {(i, p): (t, w) for b in batches for i, p, t, w in zip(
-        *(c[b.doc > 0].tolist() for c in (b.index, b.place, b.ids, b.weights)), strict=True)}
+        *(c[b.doc > 0].tolist() for c in (b.index, b.doc_pos, b.ids, b.weights)), strict=True)}
 
 
 @pytest.mark.parametrize("pack", [False, True])

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 # %% auto #0
 __all__ = ['claim', 'L', 'V', 'MASK', 'TEXTS', 'SETS', 'SCHEDULES', 'ARMS', 'STEPS', 'LR', 'Table', 'perfect', 'prices', 'orders',
-           'expected', 'toy', 'learnt', 'run', 'laws', 'verdict', 'plot']
+           'expected', 'toy', 'learnt', 'run', 'checks', 'verdict', 'plot']
 
 # %% ../../nbs/7_experiments/bound.ipynb #imports-2
 from collections.abc import Callable
@@ -140,7 +140,7 @@ def run(seed: int, size: float = 1.0) -> list[dict]:
     return out
 
 # %% ../../nbs/7_experiments/bound.ipynb #verdict
-def laws(rows: list[dict]) -> dict[str, bool]:
+def checks(rows: list[dict]) -> dict[str, bool]:
     "What must hold in every run."
     toys = [{n: np.array(v) for n, v in r.items()} for r in rows if r["arm"] in ("perfect", "ignorant")]
     good = [r for r in toys if r["arm"] == "perfect"]
@@ -158,7 +158,7 @@ def laws(rows: list[dict]) -> dict[str, bool]:
 
 
 def verdict(rows: list[dict]) -> Verdict:
-    found, bits = laws(rows), {a: over_seeds(of_arm(rows, a, "bits")) for a in ARMS}
+    found, bits = checks(rows), {a: over_seeds(of_arm(rows, a, "bits")) for a in ARMS}
     gaps = [versus(rows, a, b, "bits") for a, b in zip(ARMS[1:], ARMS, strict=False)]
     more = {a: 100 * (bits[a][0] / bits[ARMS[0]][0] - 1) for a in ARMS[1:]}
     exact, blocks, bound = (bits[a][0] for a in ARMS)

@@ -27,9 +27,9 @@ from ..model import Size, Transformer
 from ..objective import CLM, Objective
 from ..objectives.diffusion import Diffusion
 from ..objectives.masked import MLM
-from ..objectives.samplers import denoise, most_confident, peak
+from ..objectives.samplers import denoise, most_confident, max_prob
 from ..optim import muon
-from ..text import examples, ordinary, train_bpe
+from ..text import examples, regular_ids, train_bpe
 from ..loader import Loader
 from ..train import Trainer, native_bf16
 
@@ -65,7 +65,7 @@ def written(model: Transformer, ids: Tensor, todo: Tensor, mask_id: int, seed: i
     b = b.set(order=torch.zeros_like(ids))
     scores = lambda canvas: model.head(model(b.set(ids=canvas)))                       # (n,T,V)
     canvas = ids.masked_fill(todo, mask_id)                                            # (n,T)
-    return denoise(scores, canvas, mask_id, most_confident(GAPS, GAPS), sure=peak, seed=seed).ids
+    return denoise(scores, canvas, mask_id, most_confident(GAPS, GAPS), confidence=max_prob, seed=seed).ids
 
 # %% ../../nbs/7_experiments/mlm_writes.ipynb #scores
 def cost(judge: Transformer, ids: Tensor, bos: int) -> float:
@@ -112,7 +112,7 @@ def run(seed: int, size: float = 1.0) -> list[dict]:
     steps, out = max(2, round(STEPS * size)), []
     judge = learnt(CLM(), back, 3 * steps // 2, seed + 1000, len(tok))
     ids = windows(unseen.tokens, n, seed)                                              # (n,T)
-    for arm, (objective, times) in arms(mask, ordinary(tok)).items():
+    for arm, (objective, times) in arms(mask, regular_ids(tok)).items():
         model = learnt(objective, rows, round(times * steps), seed, len(tok))
         for task, todo in hidden(n, seed).items():
             new = written(model, ids, todo, mask, seed)                                # (n,T)

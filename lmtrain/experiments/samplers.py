@@ -7,7 +7,7 @@ from __future__ import annotations
 
 # %% auto #0
 __all__ = ['claim', 'GAP', 'CANVASES', 'TEXTS', 'STEPS', 'RANKS', 'LENGTH', 'TRAINED', 'LR', 'conditionals', 'moves', 'chains',
-           'law', 'toys', 'picks', 'learnt', 'looks', 'run', 'laws', 'verdict', 'plot']
+           'text_probs', 'toys', 'picks', 'learnt', 'looks', 'run', 'checks', 'verdict', 'plot']
 
 # %% ../../nbs/7_experiments/samplers.ipynb #imports-2
 import re
@@ -29,8 +29,8 @@ from ..generation import Pick, confident
 from ..model import Size, Transformer
 from ..objective import CLM, Objective
 from ..objectives.diffusion import Diffusion
-from ..objectives.samplers import (Sure, ancestral, calm, denoise, first_hitting, most_confident, peak, rates,
-                                         said, scorer, semi_autoregressive, threshold)
+from ..objectives.samplers import (Confidence, ancestral, denoise, first_hitting, max_prob, most_confident,
+                                         neg_entropy, rates, scorer, semi_autoregressive, threshold, token_prob)
 from ..optim import muon
 from ..text import examples, train_bpe
 from ..loader import Loader
@@ -41,7 +41,7 @@ claim = Claim(
     "How a text is unmasked decides what is written: a blind order is exact, several places a step are off by about "
     "one over the steps, and the surest drawn word first is off with a perfect model.",
     "Zheng et al. (2024); Nie et al. (2025)",
-    "One place a step in random order has the law of ancestral sampling with endlessly many steps (Zheng et al.); "
+    "One place a step in random order is ancestral sampling with endlessly many steps (Zheng et al.); "
     "the surest first is what LLaDA does (Nie et al.).",
     "On small random languages: blind order, surest place and calmest place are exact; ancestral sampling's error "
     "halves when its steps double; the surest drawn word is off by .2 to .5. On plays the surest drawn word gives "
@@ -52,7 +52,7 @@ GAP = 3
 CANVASES = list(product(range(4), repeat=3))
 TEXTS = [n for n, z in enumerate(CANVASES) if GAP not in z]
 STEPS = (1, 2, 4, 8, 16, 32, 64)
-RANKS: dict[str, Sure] = {"surest draw": said, "surest place": peak, "calmest place": calm}
+RANKS: dict[str, Confidence] = {"surest draw": token_prob, "surest place": max_prob, "calmest place": neg_entropy}
 
 
 def conditionals(p: np.ndarray) -> Tensor:
@@ -65,14 +65,14 @@ def conditionals(p: np.ndarray) -> Tensor:
     return torch.from_numpy(out)
 
 
-def moves(q: Tensor, pick: Pick, sure: Sure = said) -> Tensor:
-    "One step of a sampler, the chance of each canvas after each canvas: (64,64) double."
+def moves(q: Tensor, pick: Pick, confidence: Confidence = token_prob) -> Tensor:
+    "One step of a sampler, the probability of each canvas after each canvas: (64,64) double."
     K = torch.zeros(64, 64, dtype=torch.float64)
     for n, z in enumerate(CANVASES):
         todo = torch.tensor(z) == GAP                                                  # (3,)
         draws = torch.tensor(list(product(*(range(3) if t else [0] for t in todo))))   # (N,3)
         each = q[n].gather(1, draws.T).T                                               # (N,3)
-        rank = torch.stack([sure(q[n, i].expand(len(draws), 3), draws[:, i]) for i in range(3)], 1)  # (N,3)
+        rank = torch.stack([confidence(q[n, i].expand(len(draws), 3), draws[:, i]) for i in range(3)], 1)  # (N,3)
         now = pick(torch.where(todo, rank, 1.0), todo.expand(len(draws), 3)) & todo    # (N,3)
         to = torch.where(now, draws, torch.tensor(z)) @ torch.tensor([16, 4, 1])       # (N,)
         K[n].index_add_(0, to, torch.where(todo, each, 1.0).prod(1))
@@ -93,8 +93,8 @@ def chains(q: Tensor) -> dict[str, list[Tensor]]:
     return {"blind": [blind] * 3, **one, **{f"ancestral {n}": [step(w) for w, _ in rates(n)] for n in STEPS}}
 
 # %% ../../nbs/7_experiments/samplers.ipynb #law
-def law(steps: Sequence[Tensor]) -> Tensor:
-    "The chance of each of the 27 texts: (27,) double."
+def text_probs(steps: Sequence[Tensor]) -> Tensor:
+    "The probability of each of the 27 texts: (27,) double."
     now = torch.zeros(64, dtype=torch.float64); now[-1] = 1.0
     for K in steps: now = now @ K
     return now[TEXTS]
@@ -107,7 +107,7 @@ def toys(seed: int, languages: int) -> dict[str, dict]:
         p = dice.dirichlet([0.5] * 27).reshape(3, 3, 3)
         true, H = torch.from_numpy(p).flatten(), lambda x: float(torch.special.entr(x).sum())
         for name, steps in chains(conditionals(p)).items():
-            x = law(steps)                                                             # (27,)
+            x = text_probs(steps)                                                      # (27,)
             found.setdefault(name, []).append((float((x - true).abs().sum() / 2), H(true) - H(x), float(x.sum())))
     return {n: {"tv": float(np.mean([v[0] for v in f])), "worst": max(v[0] for v in f),
                 "lost": float(np.mean([v[1] for v in f])), "mass": min(v[2] for v in f)} for n, f in found.items()}
@@ -116,13 +116,14 @@ def toys(seed: int, languages: int) -> dict[str, dict]:
 LENGTH, TRAINED, LR = 64, 500, 0.004  # the rate was chosen on two of the plays that are learnt from
 
 
-def picks(n: int, seed: int) -> dict[str, tuple[list[Pick], Sure]]:
+def picks(n: int, seed: int) -> dict[str, tuple[list[Pick], Confidence]]:
     "The samplers that write plays: their picks, and how they rank the places."
-    one = {name: (most_confident(n, n), sure) for name, sure in RANKS.items()}
-    return {"blind": (first_hitting(n, seed), said), **one, "four draws a step": (most_confident(n, n // 4), said),
-            "blocks of 16": (semi_autoregressive(n, 16, n), said), "threshold .9": ([threshold(0.9)] * n, said),
-            "ancestral 16": (ancestral(16, seed=seed), said), "ancestral 64": (ancestral(64, seed=seed), said),
-            "ancestral 64, again": (ancestral(64, again=0.1, seed=seed), said)}
+    drawn = {"blind": first_hitting(n, seed), "four draws a step": most_confident(n, n // 4),
+             "blocks of 16": semi_autoregressive(n, 16, n), "threshold .9": [threshold(0.9)] * n,
+             **{f"ancestral {k}": ancestral(k, seed=seed) for k in (16, 64)},
+             "ancestral 64, again": ancestral(64, again=0.1, seed=seed)}
+    one = {name: (most_confident(n, n), rank) for name, rank in RANKS.items()}
+    return one | {name: (steps, token_prob) for name, steps in drawn.items()}
 
 
 def learnt(objective: Objective, rows, steps: int, seed: int, vocab: int) -> Transformer:
@@ -146,7 +147,7 @@ def looks(texts: list[list[int]], judge: Transformer, tok, words: set[str]) -> d
 
 # %% ../../nbs/7_experiments/samplers.ipynb #run
 def run(seed: int, size: float = 1.0) -> list[dict]:
-    "The laws of samplers on small languages, and their texts by a model of plays. About a minute."
+    "The distributions of samplers on small languages, and their texts by a model of plays. About a minute."
     found = toys(seed, max(1, round(20 * size)))
     plays = corpus("shakespeare")
     train, held = (plays[n]["text"][:max(2, round(36 * size))] for n in ("train", "validation"))
@@ -160,7 +161,7 @@ def run(seed: int, size: float = 1.0) -> list[dict]:
         def scores(canvas: Tensor, asked=asked, inner=inner) -> Tensor:  # (B,n,V)
             asked["model"] += 1
             return inner(canvas)
-        trace = denoise(scores, torch.full((many, n), mask), mask, steps_, sure=sure, seed=seed)
+        trace = denoise(scores, torch.full((many, n), mask), mask, steps_, confidence=sure, seed=seed)
         found.setdefault(arm, {}).update(looks(trace.ids.tolist(), judge, tok, words), asked=asked["model"])
     real = np.concatenate([e.ids[1:] for e in examples(held, tok, 128)[:2 * many]])
     at = np.random.default_rng(seed).integers(len(real) - n, size=many)
@@ -168,7 +169,7 @@ def run(seed: int, size: float = 1.0) -> list[dict]:
     return [{"arm": arm, **v} for arm, v in found.items()]
 
 # %% ../../nbs/7_experiments/samplers.ipynb #verdict
-def laws(rows: list[dict]) -> dict[str, bool]:
+def checks(rows: list[dict]) -> dict[str, bool]:
     "What must hold in every run."
     worst = {(r["arm"], r["seed"]): r["worst"] for r in rows if "worst" in r}
     seeds = {s for _, s in worst}
@@ -183,7 +184,7 @@ def laws(rows: list[dict]) -> dict[str, bool]:
 
 
 def verdict(rows: list[dict]) -> Verdict:
-    held, off = laws(rows), over_seeds(of_arm(rows, "surest draw", "tv"))
+    held, off = checks(rows), over_seeds(of_arm(rows, "surest draw", "tv"))
     fewer, mean = versus(rows, "surest draw", "blind", "distinct"), lambda a, n: over_seeds(of_arm(rows, a, n))[0]
     names = ("blind", "surest draw", "surest place", "unseen text")
     steps = ", ".join(f"{n} {mean(f'ancestral {n}', 'tv'):.3f}" for n in (1, 8, 64))

@@ -77,7 +77,7 @@ class LossLab(Lab):
 
     def __init__(self, models: Any = None, text: str = small.SCORED, trainer: Any = None, held: Any = None,
                  tok: Any = None):
-        known, self.models, self.mine = small.kept(), models, models.tok if models is not None else tok
+        known, self.models, self.mine = small.stored(), models, models.tok if models is not None else tok
         if trainer is not None and (held is None or self.mine is None):
             raise ValueError("a trainer needs held-out rows and its tokenizer: LossLab(trainer=..., held=..., tok=...)")
         self.learner = None if trainer is None else Learner(trainer, held)

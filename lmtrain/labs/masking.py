@@ -23,9 +23,9 @@ ABOUT = {
     "UL2": "One of seven ways to hide, behind a token that tells its kind (R, S or X)."}
 
 
-def menu(mask: int, ordinary: list[int], marks: list[int]) -> list[dict]:
+def menu(mask: int, regular_ids: list[int], marks: list[int]) -> list[dict]:
     "The questions that the lab knows: name, a sentence, objective as JSON; written out, so nothing is imported."
-    mlm = {"kind": "MLM", "mask_id": mask, "ordinary": ordinary, "rate": 0.3, "keep": 0.1, "swap": 0.1,
+    mlm = {"kind": "MLM", "mask_id": mask, "regular_ids": regular_ids, "rate": 0.3, "keep": 0.1, "swap": 0.1,
            "shifted": False, "words": False}
     early = mlm | {"shifted": True}
     both = {"kind": "Mix", "probs": [0.5, 0.5], "parts": {"clm": {"kind": "CLM"}, "mntp": early}}
@@ -33,7 +33,7 @@ def menu(mask: int, ordinary: list[int], marks: list[int]) -> list[dict]:
         {"kind": "CLM"}, mlm, mlm | {"words": True}, mlm | {"kind": "Spans", "rate": 0.15, "p": 0.2, "longest": 10},
         early,
         {"kind": "PrefixLM", "cut": 0.5}, both, {"kind": "Stopped", "mask_id": mask, "t": 0.5, "schedule": LINEAR},
-        {"kind": "Uniform", "vocab": [0, ordinary[1]], "schedule": LINEAR},
+        {"kind": "Uniform", "vocab": [0, regular_ids[1]], "schedule": LINEAR},
         {"kind": "BlockDiffusion", "mask_id": mask, "block": 4, "schedule": LINEAR},
         {"kind": "SpanCorrupt", "rate": 0.15, "mean": 3.0, "unbiased": False, "sentinels": marks},
         {"kind": "UL2", "sentinels": marks[3:], "modes": marks[:3]}]
@@ -102,7 +102,7 @@ class MaskingLab(Lab):
 
     def __init__(self, tok: Any = None, text: str = "To be, or not to be, that is the question.", loader: Any = None,
                  steps: int = 8, rows: int = 4, seed: int = 0):
-        own = small.kept()["tokenizer"] if tok is None else json.loads(tok.backend_tokenizer.to_str())
+        own = small.stored()["tokenizer"] if tok is None else json.loads(tok.backend_tokenizer.to_str())
         known, whole = {a["content"]: a["id"] for a in own["added_tokens"]}, marked(own)
         size, last = len(own["model"]["vocab"]), max(known.values())
         marks = [a["id"] for a in whole["added_tokens"] if a["content"].startswith("<|cut")]

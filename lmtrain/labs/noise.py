@@ -74,7 +74,7 @@ class NoiseLab(Lab):
     varied = tr.Float().tag(sync=True)
 
     def __init__(self, models: Any = None, text: str = "To be, or not to be, that is the question.", seed: int = 0):
-        known, self.models = small.kept(), models
+        known, self.models = small.stored(), models
         tok = known["tokenizer"] if models is None else json.loads(models.tok.backend_tokenizer.to_str())
         special = {a["content"]: a["id"] for a in tok["added_tokens"]}
         super().__init__(tokenizer=json.dumps(tok), text=text, schedules=SCHEDULES, seed=seed, mask=special["<|mask|>"],

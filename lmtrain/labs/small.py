@@ -28,16 +28,16 @@ class Small:
 
 def trained(way: Any, steps: int, rows: Any, size: Any) -> Any:
     "A model of the labs' size; the same weights before the first step for all."
-    from lmtrain.objectives.recipes import taught
+    from lmtrain.objectives.recipes import trained
     from lmtrain.train import native_bf16
-    return taught(way, size, rows, 32, steps, .004, bf16=native_bf16())
+    return trained(way, size, rows, 32, steps, .004, bf16=native_bf16())
 
 
 def small() -> Small:
     "The labs' models: from the cache, or trained now on Shakespeare's plays. Raises OSError without the text."
     from lmtrain.corpora import corpus
     from lmtrain.model import Size, load, save
-    from lmtrain.objectives.recipes import ways
+    from lmtrain.objectives.recipes import recipes
     from lmtrain.text import examples, train_bpe
     home, plays = cache_dir() / "labs" / f"{LENGTH}-{STEPS}-{EARLY}", corpus("shakespeare")
     kept = home / "causal" / "config.json"
@@ -47,7 +47,7 @@ def small() -> Small:
     plan = {"causal": ("causal", STEPS), "early": ("causal", EARLY), "diffusion": ("diffusion", STEPS)}
     for name, (way, steps) in plan.items():
         if not (home / name / "config.json").exists():
-            save(trained(ways(tok)[way], steps, rows, size), tok, home / name)
+            save(trained(recipes(tok)[way], steps, rows, size), tok, home / name)
         models[name] = load(home / name)[0].eval()
     return Small(**models, tok=tok, held=held)
 
@@ -98,23 +98,23 @@ def runs(s: Small, text: str) -> list[dict]:
 def orders(n: int, seed: int = 0) -> dict[str, tuple[str, Any, Any]]:
     "Ways to unmask n places: name to (a sentence, picks, how sure)."
     from lmtrain.objectives import samplers as by
-    said = by.said
+    token_prob = by.token_prob
     return {
         "blind order": ("One place a step, drawn blindly. Exact: it writes what the model believes.",
-                        by.first_hitting(n, seed), said),
+                        by.first_hitting(n, seed), token_prob),
         "surest draw first": ("A token is drawn for every place; the surest draw stays. Biased: it prefers the dull.",
-                              by.most_confident(n, n), said),
+                              by.most_confident(n, n), token_prob),
         "surest place first": ("The place where the model is surest, then a draw there. Exact.",
-                               by.most_confident(n, n), by.peak),
+                               by.most_confident(n, n), by.max_prob),
         "four draws a step": ("As the surest draw, four at once: fast, and they do not know of each other.",
-                             by.most_confident(n, n // 4), said),
+                             by.most_confident(n, n // 4), token_prob),
         "blocks of 8": ("From left to right in blocks; inside them the surest draw first.",
-                        by.semi_autoregressive(n, 8, 8), said),
-        "all above .9": ("Every draw of a probability above .9, or the surest.", [by.threshold(.9)] * n, said),
+                        by.semi_autoregressive(n, 8, 8), token_prob),
+        "all above .9": ("Every draw of a probability above .9, or the surest.", [by.threshold(.9)] * n, token_prob),
         "ancestral, 16 steps": ("Each place has the same chance in a step, as the noise had.",
-                                by.ancestral(16, seed=seed), said),
+                                by.ancestral(16, seed=seed), token_prob),
         "second thoughts": ("Ancestral, in 32 steps; a tenth may be hidden again (ReMDM).",
-                            by.ancestral(32, again=.1, seed=seed), said)}
+                            by.ancestral(32, again=.1, seed=seed), token_prob)}
 
 
 def pairs(ids: Any) -> float:
@@ -138,7 +138,7 @@ def writings(s: Small, prompt: str = PROMPT, n: int = WRITTEN, texts: int = 48, 
     left = generate(s.causal, many, n, HEAT, seed=seed)
     out = [writing("left to right", "A causal model: the next token, and the next. Exact.", left, len(ids))]
     for name, (about, picks, sure) in orders(n, seed).items():
-        done = unmask(s.diffusion, many, n, picks, mask, HEAT, sure=sure, seed=seed)
+        done = unmask(s.diffusion, many, n, picks, mask, HEAT, confidence=sure, seed=seed)
         out.append(writing(name, about, done, len(ids)))
     return out
 
@@ -151,7 +151,7 @@ def cooked(s: Small, texts: int = 48) -> dict:
             "varied": round(pairs(real), 4), "runs": runs(s, SCORED)}
 
 
-def kept() -> dict:
+def stored() -> dict:
     "What `static/small.json` holds."
     return json.loads(source("small.json"))
 

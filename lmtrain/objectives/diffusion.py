@@ -87,7 +87,7 @@ def times(b: Batch, noise: Noise, part: Tensor | int = 0) -> Tensor:
 
 # %% ../../nbs/1_objectives/03_diffusion.ipynb #noised
 def noised(b: Batch, noise: Noise, mask_id: int, schedule: Schedule, part: Tensor | int = 0) -> Batch:
-    "Hide answers at one t a document (or part of it), ask for them, and weigh them by the schedule."
+    "Mask answers at one t a document (or part of it); the loss is on them, weighed by the schedule."
     may, parts = b.answer & (b.doc > 0), b.doc * b.ids.shape[1] + part                 # (B,T) (B,T)
     hit, weights = schedule.masks(times(b, noise, part), noise(b), may, parts)         # (B,T) (B,T)
     return hide(b, hit, mask_id).set(weights=weights)
@@ -101,14 +101,14 @@ class Bounded(Objective):
     def forbid(self) -> tuple[int, ...]: return (self.mask_id,)  # type: ignore[override]
 
     def terms(self, model: LM, b: Batch) -> Tensor:
-        "The weighted loss at each of `b.asked`, in nats: (N,)."
-        return b.weights.flatten()[b.asked] * nll(model, b, self.forbid)               # (N,)
+        "The weighted loss at each of `b.loss_positions`, in nats: (N,)."
+        return b.weights.flatten()[b.loss_positions] * nll(model, b, self.forbid)      # (N,)
 
     def counted(self, b: Batch) -> Tensor: return b.answer & (b.doc > 0)               # (B,T)
 
 # %% ../../nbs/1_objectives/03_diffusion.ipynb #diffusion
 def leftward(b: Batch) -> Batch:
-    "The same questions, each asked at the token before, as a causal model is asked. Ye et al. (2025)."
+    "The same labels, each one position to the left, as in a causal model. Ye et al. (2025)."
     left = lambda c: F.pad(c[:, 1:], (0, 1))                                           # (B,T)
     return b.set(targets=left(b.targets), weights=torch.where(left(b.doc) == b.doc, left(b.weights), 0.0))
 
@@ -117,14 +117,14 @@ def leftward(b: Batch) -> Batch:
 class Diffusion(Bounded):
     """Masked (absorbing) diffusion: hide at a random rate, read both ways. Sahoo et al. (2024), Nie et al. (2025).
 
-    `shifted` asks at the token before, as in a model that was trained causally; no document's first token is asked.
+    `shifted`: each label one position to the left, as in a causal model; no document's first token is a label.
     """
     mask_id: int
     schedule: Schedule = linear
     shifted: bool = False
 
     def corrupt(self, b: Batch, noise: Noise) -> Batch:
-        if self.shifted: b = b.set(answer=b.answer & (b.place > 0))
+        if self.shifted: b = b.set(answer=b.answer & (b.doc_pos > 0))
         b = noised(b.set(order=torch.zeros_like(b.order)), noise, self.mask_id, self.schedule)
         return leftward(b) if self.shifted else b
 
@@ -153,8 +153,8 @@ class Stopped(Bounded):
 def ranked(u: Tensor, may: Tensor, part: Tensor) -> tuple[Tensor, Tensor]:
     "How many tokens that `may` have a smaller u in the same part, and how many there are: (B,T) long, (B,T) long."
     same = may[:, None] & (part[:, :, None] == part[:, None])                          # (B,T,T)
-    place = torch.arange(u.shape[1], device=u.device)                                  # (T,)
-    tie = (u[:, None] == u[:, :, None]) & (place[None] < place[:, None])               # (B,T,T)
+    pos = torch.arange(u.shape[1], device=u.device)                                  # (T,)
+    tie = (u[:, None] == u[:, :, None]) & (pos[None] < pos[:, None])               # (B,T,T)
     return (same & ((u[:, None] < u[:, :, None]) | tie)).sum(-1), same.sum(-1)
 
 
@@ -193,8 +193,8 @@ def nelbo(model: LM, b: Batch, objective: Bounded, draws: int = 16, noise: Noise
     rows = []
     for d in range(draws):
         q = objective.corrupt(b, replace(noise, epoch=noise.epoch + d))
-        row = q.asked.clamp(min=0) // q.ids.shape[1]                                   # (N,)
-        with evaluating(model): each = objective.terms(model, q).double().masked_fill(q.asked < 0, 0.0)  # (N,)
+        row = q.loss_positions.clamp(min=0) // q.ids.shape[1]                          # (N,)
+        with evaluating(model): each = objective.terms(model, q).double().masked_fill(q.loss_positions < 0, 0.0)  # (N,)
         rows.append(each.new_zeros(len(b)).index_add(0, row, each))                    # (B,)
     nats = torch.stack(rows)                                                           # (draws,B)
     error = nats.std(0) / math.sqrt(draws) if draws > 1 else nats[0] * math.nan        # (B,)
@@ -234,7 +234,7 @@ class Uniform(Bounded):
     def corrupt(self, b: Batch, noise: Noise) -> Batch:
         may, (first, K), eps = b.answer & (b.doc > 0), (self.vocab[0], len(self.vocab)), self.schedule.eps
         if (may & ((b.clean < first) | (b.clean >= first + K))).any():
-            raise ValueError(f"Uniform: an answer lies outside {self.vocab}: widen it, or do not ask for that token")
+            raise ValueError(f"Uniform: an answer lies outside {self.vocab}: widen it, or do not answer that token")
         t = eps + (1 - 2 * eps) * times(b, noise)                                      # (B,T)
         new, alpha = first + (noise(b, 1) * K).long(), self.schedule.alpha(t)          # (B,T) (B,T)
         rate = self.schedule.weight(t) * self.schedule.hidden(t) / alpha / K           # (B,T)
@@ -243,10 +243,10 @@ class Uniform(Bounded):
                      weights=torch.where(may, rate, 0.0)).with_extra(alpha=alpha)
 
     def terms(self, model: LM, b: Batch) -> Tensor:
-        at, first, K = b.asked.clamp(min=0), self.vocab[0], len(self.vocab)      # (N,)
+        at, first, K = b.loss_positions.clamp(min=0), self.vocab[0], len(self.vocab)   # (N,)
         logits = model.head(model(b).flatten(0, 1)[at]).float()[:, first:first + K]    # (N,K)
         x, z = ((c.flatten()[at] - first).clamp(0, K - 1) for c in (b.targets, b.ids))  # (N,) (N,)
-        weights = torch.where(b.asked < 0, 0.0, b.weights.flatten()[at])               # (N,)
+        weights = torch.where(b.loss_positions < 0, 0.0, b.weights.flatten()[at])      # (N,)
         return weights * jumps(logits, x, z, b.extra["alpha"].flatten()[at])           # (N,)
 
 # %% ../../nbs/1_objectives/03_diffusion.ipynb #block
@@ -261,7 +261,7 @@ class BlockDiffusion(Bounded):
     schedule: Schedule = linear
 
     def corrupt(self, b: Batch, noise: Noise) -> Batch:
-        part = b.place // self.block                                                   # (B,T)
+        part = b.doc_pos // self.block                                                 # (B,T)
         q = noised(b.with_extra(pos=b.pos), noise, self.mask_id, self.schedule, part)
         both = lambda x, y: torch.cat([x, y], 1)                                       # (B,2T)
         none, twice = torch.zeros_like(b.answer), q.each(lambda c: both(c, c) if c.ndim > 1 else c)

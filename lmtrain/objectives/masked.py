@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['candidates', 'chosen', 'disguise', 'words_of', 'word_starts', 'widths', 'tiles', 'Anneal', 'MLM', 'Spans',
+__all__ = ['candidates', 'chosen', 'bert_corrupt', 'words_of', 'word_starts', 'widths', 'tiles', 'Anneal', 'MLM', 'Spans',
            'collator_masks', 'parts', 'span_mask', 'span_corrupt', 'Electra', 'drawn', 'forged', 'RTD']
 
 # %% ../../nbs/1_objectives/01_masked.ipynb #imports-2
@@ -27,12 +27,12 @@ from ..model import LM, Cache
 from ..objective import Objective, hide, shift
 
 # %% ../../nbs/1_objectives/01_masked.ipynb #candidates
-def candidates(b: Batch, ordinary: range, shifted: bool = False) -> Tensor:
+def candidates(b: Batch, regular_ids: range, shifted: bool = False) -> Tensor:
     "Tokens that may be hidden: answerable, no padding, no specials; if `shifted`, not a document's first. (B,T) bool."
     ok = b.answer & (b.doc > 0)                                                        # (B,T)
     if "special" in b.extra: ok = ok & ~b.extra["special"].bool()                      # (B,T)
-    else: ok = ok & (b.clean >= ordinary.start) & (b.clean < ordinary.stop)            # (B,T)
-    return ok & (b.place > 0) if shifted else ok
+    else: ok = ok & (b.clean >= regular_ids.start) & (b.clean < regular_ids.stop)      # (B,T)
+    return ok & (b.doc_pos > 0) if shifted else ok
 
 # %% ../../nbs/1_objectives/01_masked.ipynb #chosen
 def chosen(b: Batch, u: Tensor, ok: Tensor, rate: float) -> Tensor:
@@ -43,17 +43,17 @@ def chosen(b: Batch, u: Tensor, ok: Tensor, rate: float) -> Tensor:
     return ok & ((u < rate) | (u == least))
 
 # %% ../../nbs/1_objectives/01_masked.ipynb #disguise
-def disguise(b: Batch, hit: Tensor, first: Tensor, noise: Noise, mask_id: int, ordinary: range,
+def bert_corrupt(b: Batch, hit: Tensor, first: Tensor, noise: Noise, mask_id: int, regular_ids: range,
              keep: float = 0.1, swap: float = 0.1) -> Batch:
     """Ask for the tokens `hit` (B,T), which are read as they are, as a random one, or as the mask.
 
     `first` (B,T) is the column where each token's unit begins: the unit's number decides for all of it. Numbers are
     drawn for the hidden tokens only, which are few.
     """
-    at, place = hit.flatten().nonzero()[:, 0], b.place                                 # (n,) (B,T)
-    index, own, lead = (c.flatten()[at] for c in (b.index, place, place.gather(1, first)))  # (n,) each
+    at, pos = hit.flatten().nonzero()[:, 0], b.doc_pos                               # (n,) (B,T)
+    index, own, lead = (c.flatten()[at] for c in (b.index, pos, pos.gather(1, first)))  # (n,) each
     fate, old = noise.at(index, lead, 1), b.ids.flatten()[at]                          # (n,) (n,)
-    other = ordinary.start + (noise.at(index, own, 2) * len(ordinary)).long()        # (n,)
+    other = regular_ids.start + (noise.at(index, own, 2) * len(regular_ids)).long()    # (n,)
     reads = torch.where(fate < keep, old, torch.where(fate < keep + swap, other, mask_id))  # (n,)
     return hide(b, hit, mask_id).set(ids=b.ids.flatten().index_put((at,), reads).view_as(b.ids))
 
@@ -115,20 +115,20 @@ def _check(o: MLM) -> None:
     rate = o.rate(0) if callable(o.rate) else o.rate
     for name, share in {"rate": rate, "keep": o.keep, "swap": o.swap, "keep + swap": o.keep + o.swap}.items():
         if not 0 <= share <= 1: raise ValueError(f"{o.name}: {name}={share} must be a share, from 0 to 1")
-    if not o.ordinary or o.ordinary.step != 1 or o.mask_id in o.ordinary:
-        raise ValueError(f"{o.name}: ordinary={o.ordinary} must be a range of ids, with mask_id={o.mask_id} not in it")
+    if not o.regular_ids or o.regular_ids.step != 1 or o.mask_id in o.regular_ids:
+        raise ValueError(f"{o.name}: regular_ids={o.regular_ids} must be a range of ids, without mask_id={o.mask_id}")
 
 # %% ../../nbs/1_objectives/01_masked.ipynb #mlm
 @dataclass
 class MLM(Objective):
     """Say what was hidden, seeing both sides of it. Devlin et al. (2019).
 
-    `rate` of the tokens in `ordinary` are hidden, and at least one in each document that has any; of these, `keep`
+    `rate` of the tokens in `regular_ids` are hidden, and at least one in each document that has any; of these, `keep`
     stay as they are and `swap` become a random one. `words`: whole words, from a column `word`. `shifted`: the place
     before says it. Raises ValueError for shares that are no shares, or where `words` finds no column.
     """
     mask_id: int
-    ordinary: range
+    regular_ids: range
     rate: float | Callable[[int], float] = 0.3  # or a function of the epoch
     keep: float = 0.1
     swap: float = 0.1
@@ -143,8 +143,8 @@ class MLM(Objective):
 
     def corrupt(self, b: Batch, noise: Noise) -> Batch:
         first, rate = self.units(b, noise), self.rate(noise.epoch) if callable(self.rate) else self.rate
-        hit = chosen(b, noise(b).gather(1, first), candidates(b, self.ordinary, self.shifted), rate)  # (B,T)
-        q = disguise(b, hit, first, noise, self.mask_id, self.ordinary, self.keep, self.swap)
+        hit = chosen(b, noise(b).gather(1, first), candidates(b, self.regular_ids, self.shifted), rate)  # (B,T)
+        q = bert_corrupt(b, hit, first, noise, self.mask_id, self.regular_ids, self.keep, self.swap)
         if self.shifted: q = shift(q.set(answer=hit)).set(answer=b.answer)
         return q.set(order=torch.zeros_like(b.order))
 
@@ -171,7 +171,7 @@ def collator_masks(ids: Tensor, special: Tensor, mask_id: int, size: int, rate: 
                    swap: float = 0.1, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
     """What transformers' DataCollatorForLanguageModeling makes of `ids` (B,T): (read, labels), each (B,T) long.
 
-    `special` (B,T) bool is never asked; `size` is the whole vocabulary's. Labels are -100 where nothing is asked.
+    `special` (B,T) bool is never masked; `size` is the whole vocabulary's. Labels are -100 outside the loss.
     """
     toss = lambda p: torch.bernoulli(p, generator=generator).bool()
     hit = toss(torch.full(ids.shape, rate).masked_fill(special, 0))                    # (B,T)
@@ -205,7 +205,7 @@ def span_mask(u: Tensor, rate: float = 0.15, mean: float = 3.0, unbiased: bool =
 # %% ../../nbs/1_objectives/01_masked.ipynb #t5
 def span_corrupt(example: Example, noise: Noise, sentinels: Sequence[int], rate: float = 0.15, mean: float = 3.0,
                  unbiased: bool = False) -> Example:
-    """A text with spans cut out, and the spans behind it, which are what is asked. Raffel et al. (2020).
+    """A text with spans cut out, and the spans behind it, which are the targets. Raffel et al. (2020).
 
     Only answerable tokens are cut out. Raises ValueError for an example without an index, or with columns that
     would not fit the new tokens, for fewer than two answerable tokens, and for too few sentinels.
@@ -236,7 +236,7 @@ class Electra(LM):
         self.generator, self.discriminator, self.dim, self.causal = generator, discriminator, discriminator.dim, False
         self.head = nn.Linear(self.dim, 1)
         nn.init.normal_(self.head.weight, std=0.02); nn.init.zeros_(self.head.bias)
-        unused = {id(m) for m in discriminator.head.modules()}  # scores of words, which nobody asks it for
+        unused = {id(m) for m in discriminator.head.modules()}  # scores of words, which it is never used for
         body = {id(p) for m in discriminator.modules() if id(m) not in unused for p in m.parameters(recurse=False)}
         for p in discriminator.head.parameters(): p.requires_grad_(id(p) in body)
 
@@ -251,8 +251,8 @@ def drawn(logits: Tensor, u: Tensor) -> Tensor:
 
 
 def forged(b: Batch, tokens: Tensor) -> Batch:
-    "The clean text with `tokens` (N,) written at `b.asked`; its filling, -1, falls on one more place, cut off again."
-    text = F.pad(b.clean.flatten(), (0, 1)).index_put((b.asked,), tokens)              # (B*T+1,)
+    "The clean text with `tokens` (N,) at `b.loss_positions`; its filling, -1, falls on one more, cut off again."
+    text = F.pad(b.clean.flatten(), (0, 1)).index_put((b.loss_positions,), tokens)     # (B*T+1,)
     return b.set(ids=text[:-1].view_as(b.clean))
 
 # %% ../../nbs/1_objectives/01_masked.ipynb #rtd
@@ -277,9 +277,9 @@ class RTD(Objective):
     def loss(self, model: LM, b: Batch) -> dict[str, Tensor]:
         if not hasattr(model, "generator"): raise TypeError("RTD needs two models: Electra(generator, discriminator)")
         pair = cast(Electra, model)
-        logits = pair.generator.head(pair.generator(b).flatten(0, 1)[b.asked]).float()  # (N,V)
-        targets = b.targets.flatten()[b.asked].masked_fill(b.asked < 0, -100)          # (N,)
-        fake = forged(b, drawn(logits, b.extra["dice"].flatten()[b.asked]))
+        logits = pair.generator.head(pair.generator(b).flatten(0, 1)[b.loss_positions]).float()  # (N,V)
+        targets = b.targets.flatten()[b.loss_positions].masked_fill(b.loss_positions < 0, -100)  # (N,)
+        fake = forged(b, drawn(logits, b.extra["dice"].flatten()[b.loss_positions]))
         score = pair.head(pair(fake))[..., 0].float()                                  # (B,T)
         wrong = F.binary_cross_entropy_with_logits(score, (fake.ids != b.clean).float(), reduction="none")  # (B,T)
         return {"generator": F.cross_entropy(logits, targets, reduction="sum", ignore_index=-100),

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 # %% auto #0
 __all__ = ['Weigh', 'DRAW', 'Shares', 'UL2', 'by_token', 'by_sequence', 'by_gradient', 'merged', 'per_part', 'shares_of', 'Mix',
-           'Curriculum', 'Once', 'termed', 'Parts', 'Denoiser', 'chance', 'hide_end', 'ul2', 'infill', 'three', 'frame',
-           'fim']
+           'Curriculum', 'Once', 'termed', 'Parts', 'Denoiser', 'uniform_of', 'hide_end', 'ul2', 'infill', 'three',
+           'frame', 'fim']
 
 # %% ../../nbs/1_objectives/02_mixed.ipynb #imports-2
 import math
@@ -50,7 +50,7 @@ _MAIN = tuple(f.name for f in fields(Batch) if f.name != "extra" and not f.name.
 
 
 def merged(parts: list[tuple[Tensor, Batch]]) -> Batch:
-    """One batch of the rows of several, each with the places (n,) where its rows belong.
+    """One batch of the rows of several, each with the positions (n,) where its rows belong.
 
     A column that a batch lacks is 0 in its rows, but `pos`, which is then what it would be without that column.
     """
@@ -58,7 +58,7 @@ def merged(parts: list[tuple[Tensor, Batch]]) -> Batch:
     whole = lambda columns: torch.cat(list(columns))[place]                            # (B,...)
     def column(n: str, q: Batch, like: Tensor) -> Tensor:
         if n in q.extra: return q.extra[n]
-        return q.place if n == "pos" else like.new_zeros(len(q), *like.shape[1:])      # (n,...)
+        return q.doc_pos if n == "pos" else like.new_zeros(len(q), *like.shape[1:])    # (n,...)
     kinds = {n: c for _, q in parts for n, c in q.extra.items()}
     extra = {n: whole(column(n, q, c) for _, q in parts) for n, c in kinds.items()}
     return Batch(**{n: whole(getattr(q, n) for _, q in parts) for n in _MAIN}, extra=extra)  # type: ignore[arg-type]
@@ -86,7 +86,7 @@ def shares_of(numbers: Shares, parts: dict[str, Objective]) -> tuple[float, ...]
 
 # %% ../../nbs/1_objectives/02_mixed.ipynb #mix
 class Mix(Objective):
-    """Each row is asked one of several questions, drawn by its example (a packed row's by its first one).
+    """Each row gets one of several objectives, drawn by its example (a packed row's by its first one).
 
     `probs` are the shares of the rows, in the order of the parts or by name; `weigh` says what counts the same.
     A term is a part's keyword; under `by_token` and `by_sequence` the terms are shares of one mean, which is their sum.
@@ -99,7 +99,7 @@ class Mix(Objective):
         self.forbid = tuple(dict.fromkeys(t for o in parts.values() for t in o.forbid))
         for n, o in parts.items():
             if type(o).loss is not Objective.loss:
-                raise TypeError(f"Mix: {n} ({type(o).__name__}) has a loss of its own: only questions that share the "
+                raise TypeError(f"Mix: {n} ({type(o).__name__}) has a loss of its own: only objectives that share the "
                                 "common loss can share a batch; put it into Parts, or train it apart")
 
     def __repr__(self) -> str:
@@ -129,20 +129,20 @@ class Mix(Objective):
             if q.ids.shape != (len(rows), b.ids.shape[1]):
                 raise ValueError(f"Mix: {name} ({type(o).__name__}) makes {len(rows)} rows of {b.ids.shape[1]} tokens "
                                  f"into {len(q)} of {q.ids.shape[1]}: rows of a batch have one length; train it apart")
-            asks = torch.tensor([int(o.count(q[r:r + 1])[o.name]) for r in range(len(q))], dtype=torch.long)
-            done.append((rows, q.with_extra(asks=asks.to(rows))))
+            n = torch.tensor([int(o.count(q[r:r + 1])[o.name]) for r in range(len(q))], dtype=torch.long)
+            done.append((rows, q.with_extra(loss_tokens=n.to(rows))))
         return merged(done).with_extra(part=part, share=shares.float()[part])
 
     def _weights(self, b: Batch) -> tuple[Tensor, Tensor]:
         mine = b.extra["part"][:, None] == torch.arange(len(self.parts), device=b.ids.device)  # (B,K)
-        return self.weigh(b.extra["asks"], mine, b.extra["share"])                     # (B,) (B,K)
+        return self.weigh(b.extra["loss_tokens"], mine, b.extra["share"])                     # (B,) (B,K)
 
     def count(self, b: Batch) -> dict[str, Tensor]:
         return dict(zip(self.parts, self._weights(b)[1].sum(0), strict=True))
 
     def loss(self, model: LM, b: Batch) -> dict[str, Tensor]:
-        row = b.asked // b.ids.shape[1]                                                # (N,) -1 where it is filling
-        each = b.weights.flatten()[b.asked] * self._weights(b)[0][row] * nll(model, b, self.forbid)  # (N,)
+        row = b.loss_positions // b.ids.shape[1]                                       # (N,) -1 where it is filling
+        each = b.weights.flatten()[b.loss_positions] * self._weights(b)[0][row] * nll(model, b, self.forbid)  # (N,)
         own = b.extra["part"][row]                                                     # (N,)
         return {n: torch.where(own == k, each, 0).sum() for k, n in enumerate(self.parts)}
 
@@ -163,7 +163,7 @@ class Curriculum(Mix):
 
 # %% ../../nbs/1_objectives/02_mixed.ipynb #once
 class Once:
-    "A model that reads a batch once: asked again for the same batch, it gives the same hidden states."
+    "A model that reads a batch once: given the same batch again, it gives the same hidden states."
     def __init__(self, model: LM): self.model, self.read = model, list[tuple[Batch, Tensor]]()
 
     def __getattr__(self, name: str) -> Any: return getattr(self.model, name)
@@ -181,10 +181,10 @@ def termed(name: str, terms: dict[str, Tensor], scale: float = 1.0) -> dict[str,
 
 # %% ../../nbs/1_objectives/02_mixed.ipynb #parts
 class Parts(Objective):
-    """Several losses of the same rows: the first part asks, the others read what it asked. One reading of the model.
+    """Several losses of the same rows: the first part corrupts, the others read what it made. One reading of the model.
 
     `scale` multiplies each part's mean, in the order of the parts or by name. Raises TypeError for a later part
-    without a loss of its own, ValueError for scales that do not fit, and for a later part that changes the question.
+    without a loss of its own, ValueError for scales that do not fit, and for a later part that changes the labels.
     """
     def __init__(self, scale: Shares, **parts: Objective):
         self.parts, self.scale = parts, per_part(scale, parts)
@@ -200,11 +200,11 @@ class Parts(Objective):
         first, *others = self.parts.items()
         b = first[1].corrupt(b, noise)
         for name, o in others:
-            if type(o).corrupt is Objective.corrupt: continue      # it asks nothing, it reads
+            if type(o).corrupt is Objective.corrupt: continue      # it changes nothing, it reads
             q = o.corrupt(b, noise)
             if wrong := [n for n in _MAIN if getattr(q, n) is not getattr(b, n)]:
                 raise ValueError(f"Parts: {name} ({type(o).__name__}) changes {', '.join(wrong)}: only the first part "
-                                 "asks, the others may add columns with with_extra")
+                                 "corrupts, the others may add columns with with_extra")
             b = q
         return b
 
@@ -234,7 +234,7 @@ UL2 = (Denoiser(.15, 3), Denoiser(.15, 8), Denoiser(.25), Denoiser(.5, 3), Denoi
        Denoiser(.5, 64))
 
 
-def chance(noise: Noise, example: Example, draw: int) -> float:
+def uniform_of(noise: Noise, example: Example, draw: int) -> float:
     "A uniform number for an example. Raises ValueError if it has no index."
     if example.index is None: raise ValueError("give the example an index: its noise goes by it")
     return float(noise.at(torch.tensor(example.index), 0, draw))
@@ -243,8 +243,8 @@ def chance(noise: Noise, example: Example, draw: int) -> float:
 def hide_end(example: Example, noise: Noise, rate: float) -> Example:
     "Ask for the end of a text only, `rate` of its answerable tokens on average, at least one."
     may = [t for t in range(len(example)) if example.answer is None or example.answer[t]]
-    if not may: raise ValueError(f"example {example.index} has nothing to ask for: leave it out")
-    n = min(max(1, round(2 * rate * len(may) * chance(noise, example, DRAW + 2))), len(may))
+    if not may: raise ValueError(f"example {example.index} has nothing to mask: leave it out")
+    n = min(max(1, round(2 * rate * len(may) * uniform_of(noise, example, DRAW + 2))), len(may))
     asked = {*may[-n:]}
     return replace(example, answer=[t in asked for t in range(len(example))])
 
@@ -258,7 +258,7 @@ def ul2(example: Example, noise: Noise, sentinels: Sequence[int], modes: Sequenc
     """
     if len({*modes}) != 3: raise ValueError(f"modes={modes} must be three tokens, for R, S and X")
     if example.tokens: raise ValueError(f"ul2 cannot carry columns ({', '.join(example.tokens)}): drop them")
-    d = denoisers[int(chance(noise, example, DRAW + 1) * len(denoisers))]
+    d = denoisers[int(uniform_of(noise, example, DRAW + 1) * len(denoisers))]
     if d.mean is None: e = hide_end(example, noise, d.rate)
     else: e = span_corrupt(example, noise, sentinels, d.rate, d.mean)
     answer = [True] * len(e) if e.answer is None else e.answer
@@ -272,7 +272,7 @@ def infill(prefix: list[int], middle: list[int], suffix: list[int], marks: Seque
 
 
 def three(body: list[int], u: tuple[float, float], tok: PreTrainedTokenizerFast | None = None) -> list[list[int]]:
-    "Tokens cut at two places, uniformly; with a tokenizer between characters, which may be inside a token."
+    "Tokens cut at two positions, uniformly; with a tokenizer between characters, which may be inside a token."
     text: Any = body if tok is None else tok.decode(body)
     i, j = sorted(int(v * (len(text) + 1)) for v in u)
     pieces = text[:i], text[i:j], text[j:]
@@ -291,7 +291,7 @@ def frame(example: Example, end: int | None) -> tuple[list[int], list[int], list
 # %% ../../nbs/1_objectives/02_mixed.ipynb #fim-2
 def fim(example: Example, noise: Noise, marks: Sequence[int], rate: float = .5, spm: float = .5,
         end: int | None = None, longer: int = 0, tok: PreTrainedTokenizerFast | None = None) -> Example:
-    """A text as prefix, suffix, middle with a chance of `rate`, and then with `spm` as suffix, prefix, middle.
+    """A text as prefix, suffix, middle with probability `rate`, and then with `spm` as suffix, prefix, middle.
 
     At most `longer` tokens longer than it was: the suffix gives way. `marks` are the tokens before prefix, suffix and
     middle, `end` one that stays last. For `CLM`. Raises ValueError for an example without an index, with columns, or
@@ -299,15 +299,15 @@ def fim(example: Example, noise: Noise, marks: Sequence[int], rate: float = .5, 
     """
     if example.tokens: raise ValueError(f"fim cannot carry columns ({', '.join(example.tokens)}): drop them")
     if len({*marks}) != 3: raise ValueError(f"marks={marks} must be three tokens, for prefix, suffix and middle")
-    if chance(noise, example, DRAW + 3) >= rate: return example
+    if uniform_of(noise, example, DRAW + 3) >= rate: return example
     head, body, tail = frame(example, end)
     if tok and {*body} & {*tok.all_special_ids}:
         raise ValueError(f"example {example.index} has special tokens in its text: fim cannot cut it by characters")
     room = len(body) + longer - 3
-    cuts = chance(noise, example, DRAW + 4), chance(noise, example, DRAW + 5)
+    cuts = uniform_of(noise, example, DRAW + 4), uniform_of(noise, example, DRAW + 5)
     prefix, middle, suffix = three(body[:max(0, room)], cuts, tok)
     over = len(prefix + middle + suffix) - room
     if room < 1 or over > len(suffix) or tok and "\ufffd" in tok.decode(body): return example
     if over > 0: suffix = suffix[:-over]
-    ids = [*head, *infill(prefix, middle, suffix, marks, chance(noise, example, DRAW + 6) < spm), *tail]
+    ids = [*head, *infill(prefix, middle, suffix, marks, uniform_of(noise, example, DRAW + 6) < spm), *tail]
     return replace(example, ids=ids, answer=[False] * len(head) + [True] * (len(ids) - len(head)))

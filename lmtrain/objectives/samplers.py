@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['Sure', 'Scores', 'flips', 'rates', 'ancestral', 'first_hitting', 'budget', 'most_confident', 'threshold',
-           'semi_autoregressive', 'said', 'peak', 'calm', 'denoise', 'blank', 'scorer', 'guided', 'unmask']
+__all__ = ['Confidence', 'Scores', 'flips', 'rates', 'ancestral', 'first_hitting', 'budget', 'most_confident', 'threshold',
+           'semi_autoregressive', 'token_prob', 'max_prob', 'neg_entropy', 'denoise', 'blank', 'scorer', 'guided',
+           'unmask']
 
 # %% ../../nbs/1_objectives/04_samplers.ipynb #imports-2
 from collections.abc import Callable, Iterable, Sequence
@@ -19,18 +20,18 @@ from torch import Tensor
 
 # %% ../../nbs/1_objectives/04_samplers.ipynb #imports-4
 from ..batch import Batch, Example, Noise, Trace, collate
-from ..generation import Pick, blocks, chance, confident, distribution, draw, random_order
+from ..generation import Pick, blocks, uniform, confident, distribution, draw, random_order
 from ..model import LM
 from .diffusion import Schedule, linear
 
 # %% ../../nbs/1_objectives/04_samplers.ipynb #ancestral
 def flips(write: float, hide: float, dice: torch.Generator) -> Pick:
-    "Each empty place with chance `write`, each written one (to hide it again) with chance `hide`."
+    "Each empty pos with probability `write`, each written one (to hide it again) with probability `hide`."
     return lambda p, todo: torch.rand(todo.shape, generator=dice) < torch.where(todo, write, hide)  # (B,n)
 
 
 def rates(steps: int, schedule: Schedule = linear, again: float = 0.0) -> list[tuple[float, float]]:
-    """For each step the chances that a hidden token is written, and a written one hidden again. Wang et al. (2025).
+    """For each step the probabilities that a masked token is written, a written one masked. Wang et al. (2025).
 
     `again` is the most that may be hidden again in a step. In the last step all is written and nothing hidden.
     """
@@ -48,7 +49,7 @@ def ancestral(steps: int, schedule: Schedule = linear, again: float = 0.0, seed:
 
 # %% ../../nbs/1_objectives/04_samplers.ipynb #confident
 def first_hitting(n: int, seed: int = 0) -> list[Pick]:
-    "One place a step, drawn blindly: ancestral sampling without end, its empty steps left out. Zheng et al. (2024)."
+    "One pos a step, drawn blindly: ancestral sampling without end, its empty steps left out. Zheng et al. (2024)."
     return [random_order(seed)] * n
 
 
@@ -58,35 +59,35 @@ def budget(n: int, steps: int) -> list[int]:
 
 
 def most_confident(n: int, steps: int) -> list[Pick]:
-    "The surest places first, `n` in `steps` steps. Chang et al. (2022)."
+    "The surest positions first, `n` in `steps` steps. Chang et al. (2022)."
     return [confident(k) for k in budget(n, steps)]
 
 
 def threshold(level: float) -> Pick:
-    "All places that are as sure as `level`, and at least the surest. Wu et al. (2025)."
+    "All positions that are as sure as `level`, and at least the surest. Wu et al. (2025)."
     return lambda p, todo: todo & (p >= level) | confident(1)(p, todo)
 
 
 def semi_autoregressive(n: int, block: int, steps: int) -> list[Pick]:
-    "Blocks of `block` places from left to right, each in `steps` steps, its surest places first. Nie et al. (2025)."
+    "Blocks of `block` positions from left to right, each in `steps` steps, the surest first. Nie et al. (2025)."
     sizes = [min(block, n - first) for first in range(0, n, block)]
     return [blocks(block, confident(k)) for size in sizes for k in budget(size, steps)]
 
 # %% ../../nbs/1_objectives/04_samplers.ipynb #sure
-Sure = Callable[[Tensor, Tensor], Tensor]  # probabilities (N,V), drawn tokens (N,) -> how sure (N,)
+Confidence = Callable[[Tensor, Tensor], Tensor]  # probabilities (N,V), drawn tokens (N,) -> (N,)
 
 
-def said(q: Tensor, new: Tensor) -> Tensor:
+def token_prob(q: Tensor, new: Tensor) -> Tensor:
     "The probability of the token that was drawn: (N,). Chang et al. (2022), Nie et al. (2025)."
     return q.gather(1, new[:, None])[:, 0]
 
 
-def peak(q: Tensor, new: Tensor) -> Tensor:
+def max_prob(q: Tensor, new: Tensor) -> Tensor:
     "The probability of the likeliest token: (N,)."
     return q.amax(1)
 
 
-def calm(q: Tensor, new: Tensor) -> Tensor:
+def neg_entropy(q: Tensor, new: Tensor) -> Tensor:
     "exp(-entropy): one over the number of tokens that it wavers between. (N,)"
     return (-torch.special.entr(q).sum(1)).exp()
 
@@ -96,7 +97,7 @@ Scores = Callable[[Tensor], Tensor]  # canvas (B,n) long -> logits (B,n,V)
 
 @torch.no_grad()
 def denoise(scores: Scores, canvas: Tensor, mask_id: int, steps: Iterable[Pick], temperature: float = 1.0,
-            sure: Sure = said, seed: int = 0) -> Trace:
+            confidence: Confidence = token_prob, seed: int = 0) -> Trace:
     """Write the masks of a canvas (B,n), one pick a step; `steps` may also hide again what was written.
 
     Raises ValueError if the steps end before the canvas is full.
@@ -107,18 +108,18 @@ def denoise(scores: Scores, canvas: Tensor, mask_id: int, steps: Iterable[Pick],
     for step, pick in enumerate(steps, 1):
         if todo.any():
             if logits is None: logits = scores(canvas).cpu().index_fill(2, torch.tensor([mask_id]), -torch.inf)
-            row, place = todo.nonzero(as_tuple=True)                                   # (N,) (N,)
-            u = chance(noise, row, place, step)                                        # (N,)
+            row, pos = todo.nonzero(as_tuple=True)                                   # (N,) (N,)
+            u = uniform(noise, row, pos, step)                                        # (N,)
             new, q = draw(logits[todo], temperature, 1.0, u)                           # (N,) (N,)
             says, odds = canvas.masked_scatter(todo, new), p.masked_scatter(todo, q)   # (B,n) (B,n)
-            rank = p.masked_scatter(todo, sure(distribution(logits[todo]), new))       # (B,n)
+            rank = p.masked_scatter(todo, confidence(distribution(logits[todo]), new))  # (B,n)
         flip = pick(rank, todo) & free                                                 # (B,n)
         if not flip.any(): continue
         now, again, logits = flip & todo, flip & ~todo, None                           # (B,n) (B,n)
         canvas, when = torch.where(now, says, canvas).masked_fill(again, mask_id), when.masked_fill(now, step)
         if now.any(): p = torch.where(now, odds, p)                                    # (B,n)
         todo = todo & ~now | again                                                     # (B,n)
-    if todo.any(): raise ValueError(f"the steps ended with {int(todo.sum())} places empty: add steps, or a last one")
+    if todo.any(): raise ValueError(f"the steps ended with {int(todo.sum())} positions empty: add steps, or a last one")
     return Trace(canvas, when, p.float())
 
 # %% ../../nbs/1_objectives/04_samplers.ipynb #scorer
@@ -130,12 +131,12 @@ def blank(prompts: Sequence[Sequence[int]], n: int, mask_id: int) -> tuple[Batch
 
 def scorer(model: LM, prompts: Sequence[Sequence[int]], n: int, mask_id: int, block: int | None = None,
            shifted: bool = False) -> Scores:
-    "Scores of a canvas of `n` places behind each prompt. Raises ValueError for what the model cannot have learnt."
+    "Scores of a canvas of `n` positions behind each prompt. Raises ValueError for what the model cannot have learnt."
     if shifted and not all(map(len, prompts)): raise ValueError("a shifted model needs prompts: begin with bos")
     if block and any(len(p) % block for p in prompts):
         raise ValueError(f"the length of a prompt must be a multiple of block={block}: cut it, or fill it up")
     b, at = blank(prompts, n, mask_id)
-    b = b.set(order=b.place // block if block else torch.zeros_like(b.order))
+    b = b.set(order=b.doc_pos // block if block else torch.zeros_like(b.order))
     device = next((p.device for p in model.parameters()), b.ids.device)
     def scores(canvas: Tensor) -> Tensor:  # (B,n,V)
         h = model(b.set(ids=b.ids.scatter(1, at, canvas)).to(device))                  # (B,T,D)
@@ -152,14 +153,14 @@ def guided(given: Scores, without: Scores, s: float) -> Scores:
 
 
 def unmask(model: LM, prompts: Sequence[Sequence[int]], n: int, steps: Iterable[Pick], mask_id: int,
-           temperature: float = 1.0, guidance: float = 0.0, sure: Sure = said, block: int | None = None,
-           shifted: bool = False, seed: int = 0) -> Trace:
+           temperature: float = 1.0, guidance: float = 0.0, confidence: Confidence = token_prob,
+           block: int | None = None, shifted: bool = False, seed: int = 0) -> Trace:
     "Continue each prompt by `n` tokens, unmasked by the picks of `steps`; what lies behind a row's end has `when` -1."
     scores = scorer(model, prompts, n, mask_id, block, shifted)
     if guidance:
         blind = scorer(model, [[mask_id] * len(p) for p in prompts], n, mask_id, block, shifted)
         scores = guided(scores, blind, guidance)
     b, at = blank(prompts, n, mask_id)
-    new = denoise(scores, b.ids.gather(1, at), mask_id, steps, temperature, sure, seed)
+    new = denoise(scores, b.ids.gather(1, at), mask_id, steps, temperature, confidence, seed)
     when, p = torch.where(b.doc > 0, 0, -1), (b.doc > 0).float()                       # (B,T) (B,T)
     return Trace(b.ids.scatter(1, at, new.ids), when.scatter(1, at, new.when), p.scatter(1, at, new.p))
