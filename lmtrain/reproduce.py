@@ -136,8 +136,9 @@ def section(name: str, records: Sequence[Record], out: Path) -> str:
             f"**Reported.** {e.claim.reported}\n\n**Predicted here, before the first run.** {e.claim.prediction}\n\n"
             f"**Found.** {v.found}\n\n![{name}]({name}.svg)\n\n{checks}\n"
             f"{len(records)} seed{'s' * (len(records) > 1)}, size {first.size:g}, {took:.0f} s each on {first.cores} "
-            f"cores; lmtrain {first.lmtrain}, torch {first.torch}, code {first.code}. The rows are in [{name}](./{name}); `lmtrain reproduce {name}` "
-            "makes them.\n")
+            f"cores; lmtrain {first.lmtrain}, torch {first.torch}, code {first.code}. "
+            f"The rows are in [{name}](./{name}); "
+            f"`lmtrain reproduce {name}` makes them.\n")
 
 # %% ../nbs/8_tour/01_reproduce.ipynb #page-whole
 def page(out: Path) -> dict[str, Verdict]:

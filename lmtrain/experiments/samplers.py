@@ -122,8 +122,8 @@ def picks(n: int, seed: int) -> dict[str, tuple[list[Pick], Confidence]]:
              "blocks of 16": semi_autoregressive(n, 16, n), "threshold .9": [threshold(0.9)] * n,
              **{f"ancestral {k}": ancestral(k, seed=seed) for k in (16, 64)},
              "ancestral 64, again": ancestral(64, again=0.1, seed=seed)}
-    one = {name: (most_confident(n, n), rank) for name, rank in RANKS.items()}
-    return one | {name: (steps, token_prob) for name, steps in drawn.items()}
+    return ({name: (most_confident(n, n), rank) for name, rank in RANKS.items()}
+            | {name: (steps, token_prob) for name, steps in drawn.items()})
 
 
 def learnt(objective: Objective, rows, steps: int, seed: int, vocab: int) -> Transformer:
@@ -134,7 +134,7 @@ def learnt(objective: Objective, rows, steps: int, seed: int, vocab: int) -> Tra
     Trainer(model, objective, loader, LR, steps, optimizer=muon, bf16=native_bf16()).fit()
     return model.eval()
 
-
+# %% ../../nbs/7_experiments/samplers.ipynb #plays-looks
 def looks(texts: list[list[int]], judge: Transformer, tok, words: set[str]) -> dict:
     "What is measured of texts, each a list of as many tokens."
     pairs, count = [p for t in texts for p in pairwise(t)], Counter(v for t in texts for v in t)
