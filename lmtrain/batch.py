@@ -7,7 +7,7 @@ from __future__ import annotations
 
 # %% auto #0
 __all__ = ['Example', 'sees', 'starts', 'Columns', 'Derived', 'Batch', 'check_examples', 'first_fit', 'lay', 'collate', 'mix',
-           'Noise', 'Trace']
+           'folded', 'Noise', 'Trace']
 
 # %% ../nbs/0_core/01_batch.ipynb #imports-2
 from array import array
@@ -247,6 +247,11 @@ def mix(h):
     h = ((h ^ (h >> 15)) * 0x846CA68B) & 0xFFFFFFFF
     return h ^ (h >> 16)
 
+
+def folded(index: Tensor) -> Tensor:
+    "An example's number in 32 bits: itself below 2**32; a larger one is hashed into them."
+    return index & 0xFFFFFFFF ^ mix((index >> 32).clamp(min=0))
+
 # %% ../nbs/0_core/01_batch.ipynb #noise
 @dataclass(frozen=True)
 class Noise:
@@ -258,9 +263,9 @@ class Noise:
     epoch: int = 0
 
     def at(self, index: Tensor, pos: Tensor | int, draw: int = 0) -> Tensor:
-        "The number of a position in an example: float, shaped like `index`."
+        "The number of a position in an example (up to 2**53 of them): float, shaped like `index`."
         h = mix(mix(mix((self.seed + 0x9E3779B9) & 0xFFFFFFFF) ^ (self.epoch & 0xFFFFFFFF)) ^ draw)
-        return (mix(mix((index & 0xFFFFFFFF) ^ h) ^ (pos * 0x9E3779B1 & 0xFFFFFFFF)) >> 8).float() / 2**24
+        return (mix(mix(folded(index) ^ h) ^ (pos * 0x9E3779B1 & 0xFFFFFFFF)) >> 8).float() / 2**24
 
     def __call__(self, b: Batch, draw: int = 0) -> Tensor:
         "One number a token: (B,T) float."

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 # %% auto #0
 __all__ = ['SUMS', 'split', 'join', 'synced', 'sealed', 'sums', 'write', 'save_state', 'verify', 'load_state', 'optimized',
-           'kinds', 'dice', 'trainer_state', 'restore', 'checkpoints', 'latest', 'resume', 'Save']
+           'dice', 'record', 'check_record', 'trainer_state', 'restore', 'restore_optimizer', 'checkpoints', 'step_of',
+           'is_whole', 'latest', 'resume', 'Save']
 
 # %% ../nbs/0_core/11_checkpoint.ipynb #imports-2
 import hashlib, json, os, shutil, signal, sys, tempfile, threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from uuid import uuid4
 
 # %% ../nbs/0_core/11_checkpoint.ipynb #imports-3
@@ -22,6 +23,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 # %% ../nbs/0_core/11_checkpoint.ipynb #imports-4
+from .loader import described
+from .model import check_weights_finite
 from .train import Callback, Trainer
 
 # %% ../nbs/0_core/11_checkpoint.ipynb #split
@@ -32,11 +35,13 @@ def split(state: Any, path: str, tensors: dict[str, Tensor], names: dict[tuple, 
         if key not in names:
             names[key], tensors[path] = path, state.detach().cpu().clone(memory_format=torch.contiguous_format)
         return {"tensor": names[key]}
+    below = lambda key, v: split(v, f"{path}.{key}" if path else str(key), tensors, names)
     if isinstance(state, dict):
-        if wrong := [k for k in state if not isinstance(k, str)]:
-            raise TypeError(f"{path}: the key {wrong[0]!r} is not text")
-        return {"dict": {k: split(v, f"{path}.{k}" if path else k, tensors, names) for k, v in state.items()}}
-    if isinstance(state, list | tuple): return [split(v, f"{path}.{i}", tensors, names) for i, v in enumerate(state)]
+        if wrong := [k for k in state if type(k) not in (str, int)]:
+            raise TypeError(f"{path}: the key {wrong[0]!r} is neither text nor a whole number")
+        if all(isinstance(k, str) for k in state): return {"dict": {k: below(k, v) for k, v in state.items()}}
+        return {"pairs": [[k, below(k, v)] for k, v in state.items()]}  # JSON would make text of a number
+    if isinstance(state, list | tuple): return [below(i, v) for i, v in enumerate(state)]
     if state is None or isinstance(state, bool | int | float | str): return state
     raise TypeError(f"{path}: a {type(state).__name__} cannot be kept in a checkpoint; give tensors, numbers or text")
 
@@ -46,6 +51,7 @@ def join(skeleton: Any, tensors: dict[str, Tensor]) -> Any:
     if isinstance(skeleton, list): return [join(v, tensors) for v in skeleton]
     if not isinstance(skeleton, dict): return skeleton
     if "tensor" in skeleton: return tensors[skeleton["tensor"]]
+    if "pairs" in skeleton: return {k: join(v, tensors) for k, v in skeleton["pairs"]}
     return {k: join(v, tensors) for k, v in skeleton["dict"].items()}
 
 # %% ../nbs/0_core/11_checkpoint.ipynb #sums
@@ -131,11 +137,6 @@ def optimized(trainer: Trainer) -> list[tuple[str, Any, nn.Parameter]]:
     return [(names[id(p)], o, p) for o in parts for g in o.param_groups for p in g["params"]]
 
 # %% ../nbs/0_core/11_checkpoint.ipynb #trainer-rng
-def kinds(trainer: Trainer) -> list[str]:
-    "Which optimizers a trainer has."
-    return [type(o).__name__ for o in getattr(trainer.optimizer, "optimizers", [trainer.optimizer])]
-
-
 def dice(trainer: Trainer) -> dict[str, Tensor]:
     "The states of the random generators, one row a rank: (ranks,n) uint8 each."
     states = {"cpu": torch.get_rng_state()}                                            # (n,)
@@ -144,41 +145,76 @@ def dice(trainer: Trainer) -> dict[str, Tensor]:
     return {k: accelerator.gather(s.to(accelerator.device)[None]).cpu() for k, s in states.items()}
 
 # %% ../nbs/0_core/11_checkpoint.ipynb #trainer-whole
+def record(trainer: Trainer) -> dict[str, Any]:
+    "What a run depends on beside its model and position, as numbers and text."
+    t, batches = trainer, cast(dict, getattr(trainer.batches, "record", dict)())
+    own = {"objective": t.objective, "schedule": t.schedule, "optimizer": t.optimizer_of}
+    return {"lr": t.lr, "window": t.window, "clip": t.clip, "bf16": t.bf16, **{n: described(v) for n, v in own.items()},
+            **{f"batches.{n}": v for n, v in batches.items()}}
+
+
+def check_record(was: dict[str, Any], now: dict[str, Any], changed: Sequence[str]) -> None:
+    "Raises ValueError that names what differs between two records, but for what is `changed` on purpose."
+    if wrong := [n for n in now if n in was and was[n] != now[n] and n not in changed]:
+        told = "; ".join(f"{n} was {was[n]} and is {now[n]}" for n in wrong)
+        raise ValueError(f"the checkpoint is of another run: {told}. Go on as it was, or say that it is meant: "
+                         f"changed={wrong}")
+
+
 def trainer_state(trainer: Trainer) -> dict[str, Any]:
     """All that a run's future depends on; every rank must call it.
 
-    Raises TypeError if its batches have no position that can be kept.
+    Raises TypeError if its batches have no position that can be kept, FloatingPointError if its weights are not finite.
     """
     if not hasattr(trainer.batches, "state_dict"):
         raise TypeError("these batches have no state_dict, so the run cannot be continued: use a Loader")
+    check_weights_finite(trainer.model)
     return {"model": trainer.model.state_dict(), "rng": dice(trainer),
             "optimizer": {n: dict(o.state[p]) for n, o, p in optimized(trainer) if p in o.state},
             "progress": {"done": trainer.done, "ahead": trainer.ahead, "batches": trainer.batches.state_dict(),
-                         "optimizer": kinds(trainer)}}
+                         "record": record(trainer)}}
 
 # %% ../nbs/0_core/11_checkpoint.ipynb #restore
-def restore(trainer: Trainer, state: dict[str, Any]) -> None:
-    """Put a kept state into a trainer that was made in the same way.
+def restore(trainer: Trainer, state: dict[str, Any], changed: Sequence[str] = ()) -> None:
+    """Put a kept state into a trainer that was made in the same way, but for what is `changed` on purpose.
 
-    Raises ValueError if its optimizer is another, and what `load_state_dict` raises.
+    Raises ValueError that names what else differs, or if the model is another.
     """
-    if (was := state["progress"]["optimizer"]) != kinds(trainer):
-        raise ValueError(f"the checkpoint was kept with {', '.join(was)}, this trainer has {', '.join(kinds(trainer))}")
-    trainer.model.load_state_dict(state["model"])
-    for name, optimizer, p in optimized(trainer):
-        kept = state["optimizer"].get(name, {})
-        on = lambda v, like: v.to(like.device) if isinstance(v, Tensor) and v.ndim else v
-        if kept: optimizer.state[p] = {k: on(v, p) for k, v in kept.items()}
+    check_record(state["progress"]["record"], record(trainer), changed)
+    try: trainer.model.load_state_dict(state["model"])
+    except RuntimeError as e:
+        why = " ".join(str(e).split())[:160]
+        raise ValueError(f"the checkpoint is of another model ({why}): make the same one, or give another folder") from None
+    restore_optimizer(trainer, state["optimizer"])
     rank, setters = trainer.accelerator.process_index, {"cpu": torch.set_rng_state, "cuda": torch.cuda.set_rng_state}
     for kind, states in state["rng"].items():
         if rank < len(states): setters[kind](states[rank].clone())  # a view of another row crashes it
     trainer.done, trainer.ahead = state["progress"]["done"], state["progress"]["ahead"]
     trainer.batches.load_state_dict(state["progress"]["batches"])  # type: ignore[attr-defined]
 
+
+def restore_optimizer(trainer: Trainer, state: dict[str, dict]) -> None:
+    "Put kept averages back, each on the device where its optimizer wants it: PyTorch knows, and differs by tensor."
+    names = {id(p): n for n, _, p in optimized(trainer)}
+    for optimizer in getattr(trainer.optimizer, "optimizers", [trainer.optimizer]):
+        own = [p for g in optimizer.param_groups for p in g["params"]]
+        kept = {i: state[names[id(p)]] for i, p in enumerate(own) if names[id(p)] in state}
+        optimizer.load_state_dict({"state": kept, "param_groups": optimizer.state_dict()["param_groups"]})
+
 # %% ../nbs/0_core/11_checkpoint.ipynb #save
 def checkpoints(root: str | Path) -> list[Path]:
     "The checkpoints in a folder, the newest first."
-    return sorted(Path(root).glob("step-*"), reverse=True)
+    found = [p for p in Path(root).glob("step-*") if p.name.removeprefix("step-").isdigit()]
+    return sorted(found, key=step_of, reverse=True)
+
+
+def step_of(path: Path) -> int: return int(path.name.removeprefix("step-"))
+
+
+def is_whole(path: Path) -> bool:
+    "True for a checkpoint that `verify` finds whole."
+    try: verify(path); return True
+    except (ValueError, OSError): return False
 
 
 def latest(root: str | Path, say: Callable[[str], object] = print) -> Path | None:
@@ -189,22 +225,32 @@ def latest(root: str | Path, say: Callable[[str], object] = print) -> Path | Non
     return None
 
 
-def resume(trainer: Trainer, root: str | Path, say: Callable[[str], object] = print) -> int:
-    "Continue from the newest whole checkpoint in `root`, if there is one. Returns the steps that are done."
+def resume(trainer: Trainer, root: str | Path, say: Callable[[str], object] = print, changed: Sequence[str] = ()
+           ) -> int:
+    """Continue from the newest whole checkpoint in `root`, if there is one. Returns the steps that are done.
+
+    Raises what `restore` raises, if the checkpoint is of another run.
+    """
     if path := latest(root, say):
-        restore(trainer, load_state(path))
+        restore(trainer, load_state(path), changed)
         say(f"Going on from step {trainer.done:,} of {trainer.steps:,}.")
     return trainer.done
 
 # %% ../nbs/0_core/11_checkpoint.ipynb #save-callback
 class Save(Callback):
-    "Keep the state in `root` every so many steps and at the end; the newest `keep` checkpoints stay."
+    """Keep the state in `root` every so many steps and at the end; the newest `keep` checkpoints stay.
+
+    Raises ValueError, before the first step, if `root` holds checkpoints that lie ahead of this run.
+    """
     def __init__(self, root: str | Path, every: int = 100, keep: int = 2):
         if every < 1 or keep < 1: raise ValueError(f"every={every} and keep={keep} must be at least 1")
         self.root, self.every, self.keep, self.interrupted = Path(root), every, keep, False
 
     def begin(self, trainer: Trainer) -> None:
         self.last, self.interrupted, self.before = trainer.done, False, None
+        ahead = next((p for p in checkpoints(self.root) if step_of(p) > trainer.done and is_whole(p)), None)
+        if ahead: raise ValueError(f"{ahead} lies ahead of this run, which is at step {trainer.done}: go on from it with "
+                                   "resume(trainer, root), or give another folder")
         if threading.current_thread() is not threading.main_thread(): return
         def ask(number, frame):
             if self.interrupted: raise KeyboardInterrupt
@@ -221,7 +267,8 @@ class Save(Callback):
         if trainer.accelerator.is_main_process:
             shutil.rmtree(path, ignore_errors=True)        # a damaged one, which was not resumed from
             save_state(path, **state)
-            for old in checkpoints(self.root)[self.keep:]: shutil.rmtree(old)
+            older = [p for p in checkpoints(self.root) if step_of(p) < trainer.done]  # damaged ones ahead stay
+            for old in older[self.keep - 1:]: shutil.rmtree(old)
         trainer.accelerator.wait_for_everyone()
 
     def end(self, trainer: Trainer) -> None:

@@ -6,18 +6,21 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['Unit', 'Change', 'BLOCK', 'numbered', 'units', 'Bins', 'Loader']
+__all__ = ['Unit', 'Change', 'BLOCK', 'numbered', 'sized', 'evenly', 'units', 'Bins', 'described', 'digest', 'Loader']
 
 # %% ../nbs/0_core/09_loader.ipynb #imports-2
+import hashlib
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
+from typing import Any
 
 # %% ../nbs/0_core/09_loader.ipynb #imports-3
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 # %% ../nbs/0_core/09_loader.ipynb #imports-4
 from .batch import Batch, Example, Noise, check_examples, first_fit, lay
@@ -30,9 +33,22 @@ BLOCK = 1024                # items that are shuffled and packed together
 
 
 def numbered(item: Example | list[Example], n: int) -> list[Example]:
-    "The examples of item `n`, numbered where they have no index: `n`, or in a list from 1024 times `n` on."
-    first, group = (n, [item]) if isinstance(item, Example) else (1024 * n, list(item))
-    return [e if e.index is not None else replace(e, index=first + k) for k, e in enumerate(group)]
+    "The examples of item `n`, numbered where they have no index: the first is `n`, the k-th `n` + k 2**40."
+    group = [item] if isinstance(item, Example) else list(item)
+    return [e if e.index is not None else replace(e, index=n + (k << 40)) for k, e in enumerate(group)]
+
+
+def sized(items: Sequence | Iterable) -> bool:
+    "Can an item be had by its number? Then all are shuffled; a stream is shuffled inside each block."
+    return hasattr(items, "__len__") and hasattr(items, "__getitem__") and not isinstance(items, IterableDataset | dict)
+
+
+def evenly(units: list[Unit], ranks: int) -> list[list[Unit]]:
+    "Units laid out over `ranks`, in order, with as equal numbers of rows as whole units allow."
+    total, done, out = sum(map(len, units)), 0, [list[Unit]() for _ in range(ranks)]
+    for unit in units:
+        out[min(ranks - 1, done * ranks // total)].append(unit); done += len(unit)
+    return out
 
 
 def units(items: list[list[Example]], T: int, pack: bool) -> Iterator[tuple[Unit, int]]:
@@ -52,11 +68,11 @@ class Bins:
         self.items, self.rows, self.T, self.pack, self.seed, self.change = items, rows, T, pack, seed, change
 
     def blocks(self, epoch: int, skip: int) -> Iterator[list[list[Example]]]:
-        "Blocks of shuffled items from block `skip` on; a stream is shuffled inside each block."
-        if isinstance(self.items, Sequence):
-            order = np.random.default_rng([self.seed, epoch]).permutation(len(self.items))
+        "Blocks of shuffled items from block `skip` on."
+        if sized(self.items):
+            order = np.random.default_rng([self.seed, epoch]).permutation(len(self.items))  # type: ignore[arg-type]
             for at in range(skip * BLOCK, len(order), BLOCK):
-                yield [numbered(self.items[n], n) for n in order[at:at + BLOCK].tolist()]
+                yield [numbered(self.items[n], n) for n in order[at:at + BLOCK].tolist()]  # type: ignore[index]
             return
         stream = islice(enumerate(self.items), skip * BLOCK, None)
         for k in range(skip, 2**62):
@@ -81,6 +97,20 @@ class Bins:
 class _Made(Dataset):  # lets a DataLoader call `make` in its workers
     def __init__(self, make): self.make = make
     def __getitem__(self, job): return self.make(job)
+
+# %% ../nbs/0_core/09_loader.ipynb #record
+def described(thing: Any) -> str:
+    "An object in words that are the same in another process: without addresses."
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(thing))
+
+
+def digest(items: Sequence | Iterable, some: int = 16) -> str:
+    "The number of items and a hash of some of them, evenly spread; of a stream its type."
+    if not sized(items): return type(items).__name__
+    n, mix = len(items), hashlib.blake2b(digest_size=8)  # type: ignore[arg-type]
+    for i in sorted({k * (n - 1) // max(1, some - 1) for k in range(some)} if n else ()):
+        mix.update(repr([e.ids for e in numbered(items[i], i)]).encode())  # type: ignore[index]
+    return f"{n:,} items, {mix.hexdigest()}"
 
 # %% ../nbs/0_core/09_loader.ipynb #loader
 class Loader:
@@ -126,8 +156,9 @@ class Loader:
         while True:
             bins, some = self.bins(epoch, used), False
             while group := list(islice(bins, world)):
-                some, mine = True, group[rank][0] if rank < len(group) else []
-                yield (epoch, group[-1][1]), (epoch, mine)
+                some, bins_of = True, [units for units, _ in group]
+                if len(group) < world: bins_of = evenly([u for units in bins_of for u in units], world)
+                yield (epoch, group[-1][1]), (epoch, bins_of[rank])
             if not some and used == 0: raise ValueError(
                 "the loader has no items: the data set is empty" if epoch == self.epoch == 0 else
                 "the items could be read only once: give a list, or an iterable that can be started again")
@@ -142,6 +173,12 @@ class Loader:
         for b in made:
             self.epoch, self.used = ends.pop(0)
             yield b
+
+    def record(self) -> dict[str, Any]:
+        "What the batches depend on, as numbers and text: loaders with the same record make the same batches."
+        b = self.bins
+        return {"rows": b.rows, "T": self.T, "pack": b.pack, "seed": self.seed, "pad": self.pad,
+                "objective": described(self.objective), "change": described(b.change), "data": digest(b.items)}
 
     def state_dict(self) -> dict[str, int]: return {"epoch": self.epoch, "used": self.used}
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 # %% auto #0
 __all__ = ['Size', 'rotations', 'rotate', 'joined', 'Cache', 'attend', 'Attention', 'MLP', 'Layer', 'LM', 'Transformer',
-           'with_heads', 'evaluating', 'moved', 'config_of', 'to_transformers', 'written', 'save', 'headed', 'load']
+           'with_heads', 'evaluating', 'moved', 'config_of', 'to_transformers', 'without_unused_knobs',
+           'check_weights_finite', 'written', 'save', 'headed', 'load']
 
 # %% ../nbs/0_core/05_model.ipynb #imports-2
 import copy
@@ -26,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 # %% ../nbs/0_core/05_model.ipynb #imports-4
 from .batch import Batch, Columns, sees
@@ -210,12 +211,12 @@ def with_heads(lm: LM, **widths: int) -> LM:
 @contextmanager
 def evaluating(*models: LM) -> Iterator[None]:
     "Inside, the models are in evaluation mode and nothing is kept for gradients; after it, each is as it was."
-    before = [m.training for m in models]
+    before = [(part, part.training) for m in models for part in m.modules()]
     for m in models: m.eval()
     try:
         with torch.no_grad(): yield
     finally:
-        for m, training in zip(models, before, strict=True): m.train(training)
+        for part, training in before: part.training = training  # a part that was frozen stays so
 
 
 def moved(model: LM, b: Batch, j: int) -> Tensor:
@@ -235,19 +236,39 @@ def config_of(s: Size) -> Qwen3Config:
 
 def to_transformers(model: LM) -> PreTrainedModel:
     "The same weights as a `transformers.Qwen3ForCausalLM`; of a `Pretrained`, the model it holds."
-    if not isinstance(model, Transformer): return cast(PreTrainedModel, model.net)
+    if not isinstance(model, Transformer):
+        if not hasattr(model, "net"):
+            raise TypeError(f"a {type(model).__name__} has no directory of its own: save the model inside it, such as "
+                            "pair.discriminator")
+        return cast(PreTrainedModel, model.net)
     net = Qwen3ForCausalLM(config_of(model.size))
     weights = {f"model.{k}": v for k, v in model.state_dict().items() if not k.startswith("head")}
     net.load_state_dict({**weights, "lm_head.weight": model.head.weight})
     if not model.causal: net.config.is_causal = False
     return net.eval()
 
+# %% ../nbs/0_core/05_model.ipynb #unused-knobs
+def without_unused_knobs(config: GenerationConfig) -> None:
+    "Take out knobs of sampling where nothing is sampled: transformers opens such a configuration and refuses to save it."
+    if config.do_sample: return
+    for name in ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"):
+        if hasattr(config, name): setattr(config, name, None)
+
 # %% ../nbs/0_core/05_model.ipynb #save
+def check_weights_finite(model: nn.Module) -> None:
+    "Raises FloatingPointError, by name, for a weight that is not a number or infinite."
+    if bad := next((n for n, p in model.named_parameters() if not p.isfinite().all()), None):
+        raise FloatingPointError(f"{bad} is not finite any more: nothing was saved, what was there before is intact; go on "
+                                 "from an earlier checkpoint with a lower learning rate")
+
+
 def written(model: LM, tok: PreTrainedTokenizerFast, path: Path) -> None:
     "The files of a model in a folder that exists: configuration, tokenizer, weights, extra heads."
     net, heads = to_transformers(model), getattr(model, "heads", nn.ModuleDict())
     net.config.architectures = [type(net).__name__]
-    configs = [c for c in (net.config, getattr(net, "generation_config", None)) if c is not None]
+    knobs: GenerationConfig | None = getattr(net, "generation_config", None)
+    if knobs is not None: without_unused_knobs(knobs)
+    configs = [c for c in (net.config, knobs) if c is not None]
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         for config in configs: setattr(config, name, getattr(tok, name))
     for part in (*configs, tok): part.save_pretrained(path)
@@ -258,7 +279,11 @@ def written(model: LM, tok: PreTrainedTokenizerFast, path: Path) -> None:
 
 # %% ../nbs/0_core/05_model.ipynb #save-in-one-step
 def save(model: LM, tok: PreTrainedTokenizerFast, path: str | Path) -> Path:
-    "Write a directory that transformers opens, in one step. Raises OSError if it cannot, leaving the old one."
+    """Write a directory that transformers opens, in one step.
+
+    Raises OSError if it cannot, FloatingPointError if a weight is not finite; the old one stays.
+    """
+    check_weights_finite(model)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside, old = (path.with_name(f".{path.name}-{word}-{uuid4().hex[:8]}") for word in ("new", "old"))

@@ -99,8 +99,10 @@ class Together:
 def muon(task: nn.Module, lr: float, weight_decay: float = 0.1) -> Together:
     "Muon for the matrices inside layers, AdamW for embeddings and gains, at the same learning rate."
     inner, rest = matrices(task)
-    return Together(Muon(inner, lr, weight_decay=weight_decay),
-                    torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True))
+    parts: list[torch.optim.Optimizer] = [Muon(inner, lr, weight_decay=weight_decay)] if inner else []
+    if rest: parts.append(torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True))
+    if not parts: raise ValueError("nothing is trainable: every parameter is frozen")
+    return Together(*parts)
 
 
 def fitting_optimizer(model: nn.Module, tokens: int) -> Callable:

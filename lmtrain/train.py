@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['Task', 'History', 'Callback', 'Progress', 'Steps', 'fitting_accelerator', 'native_bf16', 'check_accelerator',
-           'check_finite', 'check_objective', 'Trainer']
+__all__ = ['Task', 'cast_to_bf16', 'History', 'Callback', 'Progress', 'check_terms', 'Steps', 'fitting_accelerator',
+           'native_bf16', 'check_accelerator', 'check_weights', 'check_finite', 'check_objective', 'Trainer']
 
 # %% ../nbs/0_core/10_train.ipynb #imports-2
 import json
@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import is_dataclass
-from itertools import islice
+from itertools import islice, repeat
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +44,12 @@ class Task(nn.Module):
             head.requires_grad_(name in objective.uses)
 
     def forward(self, b: Batch, f: Callable[[LM, Batch], Any] | None = None):
-        with torch.autocast(b.ids.device.type, torch.bfloat16, enabled=self.bf16 or torch.is_autocast_enabled(
-                b.ids.device.type)):
-            return (f or self.objective.loss)(self.model, b)
+        with cast_to_bf16(b.ids.device.type, self.bf16): return (f or self.objective.loss)(self.model, b)
+
+
+def cast_to_bf16(device: str, wanted: bool) -> torch.autocast:
+    "A context in which matrix products are made in bf16, if it is wanted or so already."
+    return torch.autocast(device, torch.bfloat16, enabled=wanted or torch.is_autocast_enabled(device))
 
 # %% ../nbs/0_core/10_train.ipynb #history
 class History:
@@ -111,6 +114,14 @@ class Progress(Callback):
 
     def end(self, trainer: Trainer) -> None: self.bar.close()
 
+# %% ../nbs/0_core/10_train.ipynb #check-terms
+def check_terms(terms: dict[str, Tensor], counts: dict[str, Tensor]) -> None:
+    "Raises ValueError for a term without a count, or if no term has a gradient."
+    if lacking := {*terms} - {*counts}:
+        raise ValueError(f"loss has the terms {sorted(lacking)}, count knows {sorted(counts)}: count each of them")
+    if not any(v.requires_grad for v in terms.values()):
+        raise ValueError("no term of the loss has a gradient: every parameter is frozen, or the loss is detached")
+
 # %% ../nbs/0_core/10_train.ipynb #steps
 class Steps:
     "The arithmetic of a step: sums over global counts, clipped, and never a step that is not finite."
@@ -119,6 +130,7 @@ class Steps:
     accelerator: Accelerator
     optimizer: Any
     clip: float
+    bf16: bool
     stop: bool
     done: int
 
@@ -134,6 +146,11 @@ class Steps:
             self.stop = bool(self.accelerator.reduce(flag, "sum") > 0)
         return self.stop
 
+    def made(self, batches: Iterator[Batch]) -> Batch | None:
+        "The next batch, made in the precision of a step: a column of another model fits those of the loss."
+        with self.accelerator.autocast(), cast_to_bf16(self.accelerator.device.type, self.bf16):
+            return next(batches, None)
+
     def totals(self, terms: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         "Named scalars summed over micro-batches and ranks."
         names = list(terms[0])
@@ -144,28 +161,29 @@ class Steps:
         return dict(zip(names, sums, strict=True))
 
     def backward(self, window: list[Batch]) -> dict[str, float]:
-        "Gradients of a window of micro-batches, and its mean terms."
-        counts = self.totals([self.objective.count(b) for b in window])
+        "Gradients of a window of micro-batches; its loss, mean terms and number of tokens."
+        counts = self.totals([{"": (b.doc > 0).sum(), **self.objective.count(b)} for b in window])
+        tokens, sums = int(counts.pop("")), []
         if not self.done and not any(counts.values()):
             raise ValueError("the first window has nothing in the loss: train on corrupted batches, as a Loader's")
-        sums = []
         for k, b in enumerate(window):
             last = k == len(window) - 1
             with nullcontext() if last else self.accelerator.no_sync(self.task), self.accelerator.autocast():
-                terms = self.task(b)
-                loss = sum(v / counts[n].clamp(min=1).float() for n, v in terms.items())
+                sums.append(self.task(b))
+                check_terms(sums[-1], counts)
+                loss = sum(v / counts[n].clamp(min=1).float() for n, v in sums[-1].items() if v.requires_grad)
                 self.accelerator.backward(loss * self.accelerator.num_processes)
-            sums.append(terms)
-        return {n: (v / counts[n].clamp(min=1)).item() for n, v in self.totals(sums).items()}
+        means = {n: (v / counts[n].clamp(min=1)).item() for n, v in self.totals(sums).items()}
+        return {"loss": sum(v for n, v in means.items() if sums[0][n].requires_grad), **means, "tokens": tokens}
 
     def step(self, window: list[Batch]) -> dict[str, float]:
         "One step of the optimizer; `skipped` is 1 if the gradient was not finite and nothing was changed."
-        means = self.backward(window)
+        row = self.backward(window)
         norm = torch.nn.utils.clip_grad_norm_(self.task.parameters(), self.clip).item()
         finite = math.isfinite(norm)
         if finite: self.optimizer.step()
         self.optimizer.zero_grad()
-        return {"loss": sum(means.values()), **means, "norm": norm, "skipped": float(not finite)}
+        return {**row, "norm": norm, "skipped": float(not finite)}
 
 # %% ../nbs/0_core/10_train.ipynb #accelerators
 def fitting_accelerator() -> Accelerator:
@@ -180,12 +198,22 @@ def native_bf16() -> bool:
 
 
 def check_accelerator(accelerator: Accelerator) -> None:
-    "Raises ValueError for one that accumulates on its own, or does not know the other ranks."
+    "Raises ValueError for one that accumulates on its own, scales losses, or does not know the other ranks."
+    if accelerator.mixed_precision not in ("no", "bf16"):
+        raise ValueError(f"mixed precision {accelerator.mixed_precision} needs a scaled loss, which this trainer does "
+                         "not make: use bf16, which needs none")
     if accelerator.gradient_accumulation_steps != 1:
         raise ValueError("gradient_accumulation_steps would divide twice: leave it at 1 and use window=")
     if accelerator.num_processes < (ranks := int(os.environ.get("WORLD_SIZE", 1))):
         raise ValueError(f"WORLD_SIZE is {ranks}, but this accelerator knows of {accelerator.num_processes}, so every "
                          "rank would train on its own: on CPUs give Accelerator(cpu=True)")
+
+
+def check_weights(model: nn.Module) -> None:
+    "Raises ValueError for trainable weights in 16 bits, in which small steps are rounded away."
+    if bad := next((n for n, p in model.named_parameters() if p.requires_grad and p.element_size() < 4), None):
+        raise ValueError(f"{bad} is trainable and in 16 bits, where a small step is rounded to none: train weights in "
+                         "float32 (model.float()); bf16=True still makes the matrix products in 16 bits")
 
 # %% ../nbs/0_core/10_train.ipynb #same-objective
 def check_finite(bad: int, skips: int, step: int) -> None:
@@ -213,12 +241,13 @@ class Trainer(Steps):
                  callbacks: Sequence[Callback] = (), accelerator: Accelerator | None = None, clip: float = 1.0,
                  skips: int = 3, compile: bool = False, history: History | None = None, bf16: bool | None = None):
         self.accelerator = fitting_accelerator() if accelerator is None else accelerator
-        check_accelerator(self.accelerator); check_objective(objective, batches)
+        check_accelerator(self.accelerator); check_objective(objective, batches); check_weights(model)
         self.objective, self.batches, self.steps, self.window = objective, batches, steps, window
         self.schedule, self.callbacks, self.clip, self.skips = schedule, callbacks, clip, skips
-        task = self.accelerator.prepare(Task(model, objective, torch.cuda.is_available() if bf16 is None else bf16))
+        self.lr, self.bf16 = lr, torch.cuda.is_available() if bf16 is None else bf16
+        task = self.accelerator.prepare(Task(model, objective, self.bf16))
         self.task = torch.compile(task) if compile else task  # type: ignore[assignment]
-        self.optimizer = optimizer(self.task, lr)
+        self.optimizer, self.optimizer_of = optimizer(self.task, lr), optimizer
         for g in self.optimizer.param_groups: g["initial_lr"] = g["lr"]
         self.history, self.done, self.stop = History() if history is None else history, 0, False
         self.ahead: bool | None = None  # are labels next tokens? None: not known yet
@@ -227,14 +256,13 @@ class Trainer(Steps):
         "Windows of micro-batches on the device; a finite iterable starts again."
         def forever():
             while True:
-                empty = True
-                for b in self.batches:
+                empty, batches = True, iter(self.batches)
+                while (b := self.made(batches)) is not None:
                     empty = False
                     if not self.ahead and len(b.loss_positions): self.ahead = b.predicts_next
                     yield b.to(self.accelerator.device, non_blocking=True)
                 if empty: raise ValueError("there are no batches to train on")
-        batches = forever()
-        while True: yield list(islice(batches, self.window))
+        for batches in repeat(forever()): yield list(islice(batches, self.window))
 
     def fit(self) -> History:
         "Take the steps that are left; a callback may end it by setting `trainer.stop`."
@@ -245,7 +273,8 @@ class Trainer(Steps):
         try:
             for c in self.callbacks: begun.append(c); c.begin(self)
             while self.done < self.steps and not self.stopping():
-                row = self.one(next(windows))
+                began = time.perf_counter()
+                row = self.one(next(windows), began)
                 bad = bad + 1 if row["skipped"] else 0
                 check_finite(bad, self.skips, self.done)
                 for c in self.callbacks: c.after_step(self)
@@ -254,15 +283,14 @@ class Trainer(Steps):
             if self.accelerator.log_with: self.accelerator.end_training()
         return self.history
 
-    def one(self, window: list[Batch]) -> dict[str, float]:
-        "Set the learning rate, step, and write the row."
-        start, factor = time.perf_counter(), self.schedule(self.done, self.steps)
+    def one(self, window: list[Batch], began: float) -> dict[str, float]:
+        "Set the learning rate, step, and write the row; its seconds count from `began`, before the batches were made."
+        factor = self.schedule(self.done, self.steps)
         for g in self.optimizer.param_groups: g["lr"] = g["initial_lr"] * factor
         row, self.done = self.step(window), self.done + 1
         if self.ahead is not None: self.model.causal = self.ahead
-        tokens = sum(b.ids.numel() for b in window) * self.accelerator.num_processes
         lr = self.optimizer.param_groups[0]["lr"]
-        row = {"step": self.done, **row, "lr": lr, "tokens": tokens, "seconds": time.perf_counter() - start}
+        row = {"step": self.done, **row, "lr": lr, "seconds": time.perf_counter() - began}
         if self.accelerator.is_main_process: self.history.add(row)
         else: self.history.rows.append(row)                # one file, and all ranks know
         if self.accelerator.log_with: self.accelerator.log(row, step=self.done)

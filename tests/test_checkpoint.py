@@ -109,7 +109,7 @@ def test_model_keys_are_the_bare_models(tmp_path):
 
 
 def test_what_cannot_be_kept_is_refused(tmp_path):
-    for bad, message in ({"f": open}, "cannot be kept"), ({1: 2}, "not text"):
+    for bad, message in ({"f": open}, "cannot be kept"), ({.5: 2}, "neither text"):
         with pytest.raises(TypeError, match=message): save_state(tmp_path / "x", it=bad)
     with pytest.raises(TypeError, match="use a Loader"):
         trainer_state(Trainer(Transformer(Size(9, 8, 2, layers=1)), CLM(), []))
@@ -255,3 +255,103 @@ def test_ctrl_c_finishes_the_step(tmp_path):
     again = new(); assert resume(again, tmp_path, lambda _: None) in (5, 6)
     again.fit()
     assert same(weights(end), weights(again))
+
+
+# ---- what a state depends on
+
+def test_averages_go_where_their_optimizer_wants_them():
+    """Fused AdamW keeps its step beside its parameters, wherever they are; here they are on the meta device, as a GPU
+    would be another device than the CPU of the file. Control: moved by dimension alone, the step stays on the CPU."""
+    run = new(Stop(2), optimizer=adamw); run.fit()
+    state = trainer_state(run)
+    other = new(optimizer=adamw)
+    other.model.to("meta")
+    other.optimizer = torch.optim.AdamW([p for p in other.model.parameters()])
+    for g in other.optimizer.param_groups: g["fused"] = run.optimizer.param_groups[0]["fused"]
+    assert other.optimizer.param_groups[0]["fused"]
+    module.restore_optimizer(other, state["optimizer"])
+    found = {(k, v.device.type) for s in other.optimizer.state.values() for k, v in s.items()}
+    assert found == {("step", "meta"), ("exp_avg", "meta"), ("exp_avg_sq", "meta")}
+    for g in other.optimizer.param_groups: g["fused"] = False          # an unfused one wants it on the CPU
+    module.restore_optimizer(other, state["optimizer"])
+    assert {v.device.type for s in other.optimizer.state.values() for k, v in s.items() if k == "step"} == {"cpu"}
+
+
+def test_another_run_is_not_continued(tmp_path):
+    "Rows, seed, data, objective, learning rate, window, optimizer: what differs is named, unless it is meant; more steps may."
+    from lmtrain.objective import PrefixLM
+    run = new(Stop(3)); run.fit()
+    state = load_state(save_state(tmp_path / "x", **trainer_state(run)))
+    def other(objective=None, items=None, rows_=3, seed=4, **more):
+        objective = objective or CLM()
+        loader = Loader(items or rows(), objective, rows_, 12, pack=True, seed=seed)
+        given = {"lr": 1e-2, "steps": 12, "window": 2, "optimizer": muon} | more
+        return Trainer(Dropping(Size(30, 16, 2, layers=2, length=12)), objective, loader, **given)
+    for change, name in [({"lr": 1e-3}, "lr was 0.01 and is 0.001"), ({"seed": 5}, "batches.seed"), ({"rows_": 4}, "batches.rows"),
+                         ({"items": rows(39)}, "batches.data"), ({"objective": PrefixLM(.5)}, "objective"), ({"window": 1}, "window"),
+                         ({"items": [*reversed(rows())]}, "batches.data"), ({"optimizer": adamw}, "optimizer")]:
+        with pytest.raises(ValueError, match=name): restore(other(**change), state)
+    restore(other(lr=1e-3), state, changed=["lr"])
+    longer = other(steps=20); restore(longer, state); longer.fit()
+    assert longer.done == 20
+    small = Trainer(Dropping(Size(30, 8, 2, layers=2, length=12)), CLM(), other().batches, lr=1e-2, window=2, optimizer=muon)
+    with pytest.raises(ValueError, match="another model") as e: restore(small, state)
+    assert "\n" not in str(e.value)
+
+
+def test_records_are_the_same_in_another_process():
+    "No address of an object enters a record. Control: the plain repr has one."
+    from lmtrain.loader import described
+    class Plain: pass
+    assert " at 0x" in repr(Plain()) and described(Plain()) == described(Plain())
+
+
+def test_a_foreign_folder_is_refused(tmp_path):
+    "A new run in the folder of one that is ahead: an error before the first step, and nothing of it is lost."
+    old = new(Save(tmp_path, every=4, keep=2)); old.fit()
+    before = [p.name for p in checkpoints(tmp_path)]
+    fresh = new(Save(tmp_path, every=1, keep=1))
+    with pytest.raises(ValueError, match="step-00000012 lies ahead of this run, which is at step 0"): fresh.fit()
+    assert fresh.done == 0 and [p.name for p in checkpoints(tmp_path)] == before
+
+
+def test_what_was_just_written_stays(tmp_path):
+    "Behind a damaged checkpoint of a later step each new one stays, the newest `keep` of them."
+    run = new(Save(tmp_path, every=4, keep=3)); run.fit()
+    (tmp_path / "step-00000012" / "rng.safetensors").unlink()
+    again = new(Save(tmp_path, every=1, keep=1), Stop(9))
+    assert resume(again, tmp_path, lambda _: None) == 8
+    again.fit()
+    verify(tmp_path / "step-00000009")
+    assert [p.name for p in checkpoints(tmp_path)] == ["step-00000012", "step-00000009"]
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad, torch.optim.RMSprop])
+def test_optimizers_of_torch_are_kept(kind, tmp_path):
+    "What has a `state_dict` can be kept, whole numbers as keys included, and goes on bit for bit."
+    def net(): torch.manual_seed(0); return nn.Linear(3, 2)
+    def step(m, o, x): o.zero_grad(); m(x).square().sum().backward(); o.step()
+    one, xs = net(), torch.randn(4, 5, 3)
+    o = kind(one.parameters(), lr=.1); schedule = torch.optim.lr_scheduler.StepLR(o, 2)
+    for x in xs[:2]: step(one, o, x); schedule.step()
+    back = load_state(save_state(tmp_path / "x", model=one, optimizer=o, schedule=schedule))
+    two = net(); two.load_state_dict(back["model"])
+    p = kind(two.parameters(), lr=.1); p.load_state_dict(back["optimizer"])
+    again = torch.optim.lr_scheduler.StepLR(p, 2); again.load_state_dict(back["schedule"])
+    for x in xs[2:]: step(one, o, x); schedule.step(); step(two, p, x); again.step()
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
+
+
+def test_weights_that_are_not_finite_are_never_kept(tmp_path):
+    "A NaN in a weight: neither a checkpoint nor a model is written, and what was there before stays."
+    from lmtrain.model import save
+    from lmtrain.text import train_bpe
+    tok = train_bpe(["to be"], 270)
+    run = new(Save(tmp_path / "c", every=1, keep=3), Stop(2)); run.fit()
+    good = Transformer(Size(270, 16, 2, layers=1)); path = save(good, tok, tmp_path / "m")
+    before = (path / "model.safetensors").read_bytes()
+    for model, f in (run.model, lambda: trainer_state(run)), (good, lambda: save(good, tok, path)):
+        with torch.no_grad(): next(model.parameters())[0, 0] = float("nan")
+        with pytest.raises(FloatingPointError, match="embed_tokens.weight is not finite"): f()
+    assert (path / "model.safetensors").read_bytes() == before and len(checkpoints(tmp_path / "c")) == 2
+    assert {p.name for p in tmp_path.iterdir()} == {"c", "m"}

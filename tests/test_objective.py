@@ -270,3 +270,14 @@ def test_annotated_is_still():
     net.train()
     with pytest.raises(IndexError): list(annotated([b.set(ids=b.ids + V)], ref=net))
     assert net.training
+
+
+def test_a_frozen_part_stays_frozen():
+    "Modules come back as they were, each one: a layer in evaluation mode inside a model in training mode."
+    from torch import nn
+    from lmtrain.model import evaluating
+    model = nn.Sequential(nn.Dropout(.5), nn.Sequential(nn.Dropout(.5), nn.Linear(2, 2)))
+    model[1].eval()
+    before = [m.training for m in model.modules()]
+    with evaluating(model): assert not any(m.training for m in model.modules())
+    assert [m.training for m in model.modules()] == before and before.count(False) == 3

@@ -3,6 +3,7 @@ import copy
 import itertools
 import json
 import math
+import time
 from collections import Counter
 from dataclasses import dataclass, replace
 
@@ -91,7 +92,7 @@ def test_window_means():
     model = small()
     t = Trainer(model, CLM(), [], steps=1)
     with torch.no_grad(): want = (CLM().loss(model, UNEQUAL)["clm"] / CLM().count(UNEQUAL)["clm"]).item()
-    assert t.backward([UNEQUAL[:1], UNEQUAL[1:]]) == pytest.approx({"clm": want}, rel=1e-5)
+    assert t.backward([UNEQUAL[:1], UNEQUAL[1:]]) == pytest.approx({"loss": want, "clm": want, "tokens": int((UNEQUAL.doc > 0).sum())}, rel=1e-5)
 
 
 @pytest.mark.parametrize("k", [2, 4])
@@ -124,6 +125,9 @@ def same(one, two):
     "Two lists of batches with equal columns."
     return len(one) == len(two) and all(torch.equal(getattr(a, c), getattr(b, c))
                                         for a, b in zip(one, two, strict=True) for c in COLUMNS)
+
+
+def apart(batches): return [row.set(item=row.role) for b in batches for row in b]  # a row's number is its batch's affair
 
 
 def epoch(batches, epochs=1):
@@ -190,14 +194,16 @@ def shortened(e, noise):
 @pytest.mark.parametrize("pack, change", [(False, None), (True, None), (True, shortened)])
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_ranks(source, pack, world, change):
-    "The ranks' batches, put together in turn, are the batches of one; a rank left over takes part with none."
+    "The ranks' rows, put together in turn, are the rows of one; at an epoch's end they are shared out evenly."
     T = 16 if pack else 9
     def made(**more): return iter(Loader(source, Hidden(), 4, T, pack, seed=5, change=change, **more))
     alone = epoch(made(rank=0, world=1))
     ranks = [take(made(rank=r, world=world), -(-len(alone) // world)) for r in range(world)]
-    together = [b for turn in zip(*ranks, strict=True) for b in turn]
-    assert same(together[:len(alone)], alone) and all(len(b) == 0 for b in together[len(alone):])
-    assert all(b.ids.shape == (0, T) for b in together[len(alone):])
+    turns = [*zip(*ranks, strict=True)]
+    for k, turn in enumerate(turns):
+        assert same(apart(turn), apart(alone[k * world:(k + 1) * world]))
+    sizes = [len(b) for b in turns[-1]]
+    assert max(sizes) - min(sizes) <= (1 if len(alone) % world else 4) and (not pack or all(b.ids.shape[1] == T for b in turns[-1]))
 
 
 def test_control_ranks():
@@ -468,7 +474,7 @@ def test_rates_and_rows():
     other = loader()
     ten = take(other, 10)
     assert l.state_dict() == other.state_dict()
-    assert h["tokens"] == [a.ids.numel() + b.ids.numel() for a, b in zip(ten[::2], ten[1::2], strict=True)]
+    assert h["tokens"] == [int((a.doc > 0).sum() + (b.doc > 0).sum()) for a, b in zip(ten[::2], ten[1::2], strict=True)]
     assert h["loss"] == h["hidden"] and all(n > 0 for n in h["norm"]) and not any(h["skipped"])
 
 
@@ -640,3 +646,128 @@ def test_progress(capsys):
     trainer(steps=3, callbacks=[Progress(bytes_per_token=2.)]).fit()
     err = capsys.readouterr().err
     assert "3/3" in err and "bits/byte" in err and "tokens/s" in err
+
+
+# ---- what a step counts, and in which precision
+
+class WithMetric(CLM):
+    "A term of 1,000 that has no gradient, counted once a batch."
+    name = "clm"
+    def count(self, b): return super().count(b) | {"metric": torch.tensor(1)}
+    def loss(self, model, b): return super().loss(model, b) | {"metric": torch.tensor(1000.)}
+
+
+def test_a_term_without_gradient_is_a_metric():
+    "It is reported, and the loss is the other term alone. Control: with a gradient of 0 it is a term, and added."
+    row = Trainer(small(), WithMetric(), batches(1), steps=1).fit().rows[0]
+    assert row["loss"] == row["clm"] and row["metric"] == 1000
+    class Added(WithMetric):
+        def loss(self, model, b):
+            t = super().loss(model, b)
+            return t | {"metric": t["metric"] + 0 * t["clm"]}
+    row = Trainer(small(), Added(), batches(1), steps=1).fit().rows[0]
+    assert row["loss"] == pytest.approx(row["clm"] + 1000)
+
+
+def test_terms_need_counts_and_a_gradient():
+    class Uncounted(CLM):
+        def loss(self, model, b): return super().loss(model, b) | {"more": torch.tensor(1.)}
+    with pytest.raises(ValueError, match=r"\['more'\], count knows \['uncounted'\]"): Trainer(small(), Uncounted(), batches(1), steps=1).fit()
+    model = small().requires_grad_(False)
+    head = torch.nn.Parameter(torch.zeros(1)); model.register_parameter("spare", head)
+    with pytest.raises(ValueError, match="no term of the loss has a gradient"): Trainer(model, CLM(), batches(1), steps=1).fit()
+
+
+def test_seconds_are_those_of_the_clock():
+    "A loader that takes 20 ms a batch: the rows' seconds hold it, and add up to the time between the first and the last."
+    class Slow:
+        def __iter__(self):
+            for b in batches(4): time.sleep(.02); yield b
+    began = time.perf_counter()
+    h = Trainer(small(), CLM(), Slow(), steps=8).fit()
+    whole = time.perf_counter() - began
+    assert all(s > .019 for s in h["seconds"]) and .16 < sum(h["seconds"]) <= whole
+
+
+def test_columns_of_other_models_have_the_precision_of_the_step():
+    "Under bf16 a policy and its own weights as reference differ by nothing. Control: a reference in float32 does."
+    from lmtrain.objective import annotated, logp
+    class Ratio(CLM):
+        def count(self, b): return {"ratio": super().count(b)["ratio"]}
+        def loss(self, model, b):
+            far = ((logp(model, b) - b.extra["ref"]) * b.weights).abs()
+            return {"ratio": far.sum()}
+    torch.manual_seed(0)
+    model = small()
+    with torch.no_grad(): model.embed_tokens.weight.mul_(10)
+    reference = copy.deepcopy(model)
+    found = [Trainer(model, Ratio(), b, lr=0., steps=1, bf16=True).fit()["loss"][0] for b in
+             (annotated(batches(1), ref=reference), [*annotated(batches(1), ref=reference)])]
+    assert found[0] == 0 and found[1] > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["fp16"])
+def test_scaled_precisions_are_refused(kind):
+    accelerator = Accelerator()
+    accelerator.state._mixed_precision = kind
+    try:
+        with pytest.raises(ValueError, match="fp16 needs a scaled loss.*bf16"): trainer(accelerator=accelerator)
+    finally: accelerator.state._mixed_precision = "no"
+
+
+def test_trainable_weights_are_in_float32():
+    "Half-precision weights are refused where they are trained, by name, and allowed where they are frozen."
+    for dtype in (torch.bfloat16, torch.float16):
+        with pytest.raises(ValueError, match="embed_tokens.weight is trainable and in 16 bits"): Trainer(small().to(dtype), CLM(), [])
+    frozen = small().to(torch.bfloat16).requires_grad_(False); frozen.heads = torch.nn.ModuleDict({"value": torch.nn.Linear(4, 1)})
+    Trainer(frozen, CLM(), [])
+
+
+# ---- sets, streams and numbers
+
+def test_any_set_with_numbers_is_shuffled_whole():
+    "torch's and datasets' sets have a length and items: the first batch comes from everywhere. Control: a stream's does not."
+    from datasets import Dataset as Table
+    from torch.utils.data import Dataset as Map, IterableDataset
+    items = [Example([1, n % 20 + 3, 5]) for n in range(5000)]
+    class Torch(Map):
+        def __len__(self): return len(items)
+        def __getitem__(self, n): return items[n]
+    class Rowed(Torch):
+        table = Table.from_dict({"ids": [e.ids for e in items]})
+        def __getitem__(self, n): return Example(self.table[n]["ids"])
+    class Stream(IterableDataset):
+        def __iter__(self): return iter(items)
+        def __len__(self): return len(items)
+    want = next(iter(Loader(items, CLM(), 64, 3))).index
+    for kind in Torch, Rowed: assert torch.equal(next(iter(Loader(kind(), CLM(), 64, 3))).index, want)
+    assert want.max() > 4000 and next(iter(Loader(Stream(), CLM(), 64, 3))).index.max() < 1024
+
+
+def test_numbers_of_rows_and_items_never_meet():
+    "Items of 3,000 rows beside single examples: every row has a number, and noise, of its own."
+    items = [[Example([1, 2])] * 3000, Example([1, 2]), [Example([1, 2])] * 3000, *[Example([1, 2])] * 5]
+    index = torch.tensor([e.index for n, item in enumerate(items) for e in numbered(item, n)])
+    assert len(index.unique()) == len(index) == 6006
+    u = Noise(3).at(index, 0).double()
+    assert abs(u.mean() - .5) < 5 * 12 ** -.5 / 6006 ** .5 and len(u.unique()) > 6000  # 24 bits: a pair or two may meet
+    far = torch.tensor([5, 5 + 2**32, 5 + 2**33, 5 + 2**52])
+    assert len(Noise().at(far, 0).unique()) == 4 and len((far & 0xFFFFFFFF).unique()) == 1  # control: the low bits are equal
+
+
+def test_the_last_rows_are_shared_out():
+    "Three bins of 4 rows left for 4 ranks: 3 rows each. Control: bin by bin it would be 4, 4, 4 and none."
+    items = [Example([1, 2, 3]) for _ in range(12)]
+    first = [next(iter(Loader(items, CLM(), 4, 3, rank=r, world=4))) for r in range(4)]
+    assert [len(b) for b in first] == [3, 3, 3, 3]
+    assert [len(b) for b in take(Loader(items, CLM(), 4, 3, rank=0, world=1), 3)] == [4, 4, 4]
+
+
+def test_muon_where_everything_is_an_inner_matrix():
+    "Adapters: two matrices and nothing else. AdamW gets no empty list; with nothing to train, one line."
+    net = nn.Linear(8, 8, bias=False)
+    net(torch.randn(16, 8)).square().mean().backward()
+    o, before = muon(net, .1), net.weight.detach().clone()
+    o.step()
+    assert len(o.optimizers) == 1 and not torch.equal(before, net.weight) and fitting_optimizer(net, 64) is muon
+    with pytest.raises(ValueError, match="nothing is trainable"): muon(net.requires_grad_(False), .1)

@@ -65,7 +65,7 @@ def test_wheel_in_an_empty_environment(wheel, tmp_path):
     pip = [python, "-m", "pip", "install", "-q", "--disable-pip-version-check", "-c", ROOT / "constraints.txt"]
     run(*pip, "torch", why="pip could not fetch packages: this test needs a connection. ")
     run(*pip, wheel, why="pip could not fetch packages: this test needs a connection. ")
-    assert "Batch(1 rows of 3 tokens, 2 asked)" in run(python, "-c", USE)
+    assert "Batch(1 rows of 3 tokens, 2 in the loss)" in run(python, "-c", USE)
     command = tmp_path / "env" / "bin" / "lmtrain"
     assert run(command, "--version").startswith("lmtrain ")
     assert "shakespeare" in run(command, "data", "list") and "everything is here" in run(command, "doctor")

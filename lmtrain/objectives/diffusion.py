@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 # %% ../../nbs/1_objectives/03_diffusion.ipynb #imports-4
-from ..batch import Batch, Example, Noise, collate
+from ..batch import Batch, Example, Noise, collate, folded
 from ..model import LM, evaluating
 from ..objective import Objective, hide, nll
 from ..text import Rows
@@ -82,7 +82,7 @@ GOLDEN, ROOT2, ROOT3 = 0x9E3779B9, 0x6A09E667, 0xBB67AE85  # behind the point of
 def times(b: Batch, noise: Noise, part: Tensor | int = 0) -> Tensor:
     "One t in [0,1) a document, or part of it, spread over neighbouring examples, epochs and parts: (B,T). Weyl (1916)."
     start = Noise(noise.seed).at(torch.full((), -1, device=b.index.device), 0xFFFFFFFD)
-    turn = b.index * GOLDEN + noise.epoch * ROOT2 + part * ROOT3 + (start.double() * 2**32).long()  # (B,T)
+    turn = folded(b.index) * GOLDEN + noise.epoch * ROOT2 + part * ROOT3 + (start.double() * 2**32).long()  # (B,T)
     return ((turn & 0xFFFFFFFF) >> 8).float() / 2**24
 
 # %% ../../nbs/1_objectives/03_diffusion.ipynb #noised
