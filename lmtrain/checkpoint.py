@@ -184,7 +184,8 @@ def restore(trainer: Trainer, state: dict[str, Any], changed: Sequence[str] = ()
     try: trainer.model.load_state_dict(state["model"])
     except RuntimeError as e:
         why = " ".join(str(e).split())[:160]
-        raise ValueError(f"the checkpoint is of another model ({why}): make the same one, or give another folder") from None
+        raise ValueError(f"the checkpoint is of another model ({why}): make the same one, or give another "
+                         "folder") from None
     restore_optimizer(trainer, state["optimizer"])
     rank, setters = trainer.accelerator.process_index, {"cpu": torch.set_rng_state, "cuda": torch.cuda.set_rng_state}
     for kind, states in state["rng"].items():
@@ -216,7 +217,7 @@ def is_whole(path: Path) -> bool:
     try: verify(path); return True
     except (ValueError, OSError): return False
 
-
+# %% ../nbs/0_core/11_checkpoint.ipynb #latest
 def latest(root: str | Path, say: Callable[[str], object] = print) -> Path | None:
     "The newest checkpoint in `root` that is whole; damaged ones are named. None if there is none."
     for path in checkpoints(root):
@@ -249,8 +250,8 @@ class Save(Callback):
     def begin(self, trainer: Trainer) -> None:
         self.last, self.interrupted, self.before = trainer.done, False, None
         ahead = next((p for p in checkpoints(self.root) if step_of(p) > trainer.done and is_whole(p)), None)
-        if ahead: raise ValueError(f"{ahead} lies ahead of this run, which is at step {trainer.done}: go on from it with "
-                                   "resume(trainer, root), or give another folder")
+        if ahead: raise ValueError(f"{ahead} lies ahead of this run, which is at step {trainer.done}: go on from it "
+                                   "with resume(trainer, root), or give another folder")
         if threading.current_thread() is not threading.main_thread(): return
         def ask(number, frame):
             if self.interrupted: raise KeyboardInterrupt

@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['Unit', 'Change', 'BLOCK', 'numbered', 'sized', 'evenly', 'units', 'Bins', 'described', 'digest', 'Loader']
+__all__ = ['Unit', 'Change', 'BLOCK', 'numbered', 'sized', 'evenly', 'units', 'shared', 'Bins', 'described', 'digest', 'recorded',
+           'Loader']
 
 # %% ../nbs/0_core/09_loader.ipynb #imports-2
 import hashlib
@@ -42,7 +43,7 @@ def sized(items: Sequence | Iterable) -> bool:
     "Can an item be had by its number? Then all are shuffled; a stream is shuffled inside each block."
     return hasattr(items, "__len__") and hasattr(items, "__getitem__") and not isinstance(items, IterableDataset | dict)
 
-
+# %% ../nbs/0_core/09_loader.ipynb #evenly
 def evenly(units: list[Unit], ranks: int) -> list[list[Unit]]:
     "Units laid out over `ranks`, in order, with as equal numbers of rows as whole units allow."
     total, done, out = sum(map(len, units)), 0, [list[Unit]() for _ in range(ranks)]
@@ -59,6 +60,11 @@ def units(items: list[list[Example]], T: int, pack: bool) -> Iterator[tuple[Unit
     if not pack: yield from (([[e] for e in item], 1) for item in items)
     else:
         for row in first_fit([len(i[0]) for i in items], T): yield [[items[k][0] for k in row]], len(row)
+
+
+def shared(bins: list[list[Unit]], ranks: int) -> list[list[Unit]]:
+    "A bin for each rank; at an epoch's end, where there are fewer bins than ranks, their units are laid out anew."
+    return bins if len(bins) == ranks else evenly([unit for units in bins for unit in units], ranks)
 
 # %% ../nbs/0_core/09_loader.ipynb #loader-core
 class Bins:
@@ -112,6 +118,12 @@ def digest(items: Sequence | Iterable, some: int = 16) -> str:
         mix.update(repr([e.ids for e in numbered(items[i], i)]).encode())  # type: ignore[index]
     return f"{n:,} items, {mix.hexdigest()}"
 
+
+def recorded(bins: Bins, objective: Objective, pad: int) -> dict[str, Any]:
+    "What a loader's batches depend on, as numbers and text: loaders with the same record make the same batches."
+    return {"rows": bins.rows, "T": bins.T, "pad": pad, "pack": bins.pack, "seed": bins.seed, "objective": described(objective),
+            "change": described(bins.change), "data": digest(bins.items)}
+
 # %% ../nbs/0_core/09_loader.ipynb #loader
 class Loader:
     """Batches for ever: shuffled, packed, sharded over ranks, corrupted; `state_dict` is its position.
@@ -156,9 +168,8 @@ class Loader:
         while True:
             bins, some = self.bins(epoch, used), False
             while group := list(islice(bins, world)):
-                some, bins_of = True, [units for units, _ in group]
-                if len(group) < world: bins_of = evenly([u for units in bins_of for u in units], world)
-                yield (epoch, group[-1][1]), (epoch, bins_of[rank])
+                some, share = True, shared([units for units, _ in group], world)
+                yield (epoch, group[-1][1]), (epoch, share[rank])
             if not some and used == 0: raise ValueError(
                 "the loader has no items: the data set is empty" if epoch == self.epoch == 0 else
                 "the items could be read only once: give a list, or an iterable that can be started again")
@@ -174,11 +185,7 @@ class Loader:
             self.epoch, self.used = ends.pop(0)
             yield b
 
-    def record(self) -> dict[str, Any]:
-        "What the batches depend on, as numbers and text: loaders with the same record make the same batches."
-        b = self.bins
-        return {"rows": b.rows, "T": self.T, "pack": b.pack, "seed": self.seed, "pad": self.pad,
-                "objective": described(self.objective), "change": described(b.change), "data": digest(b.items)}
+    def record(self) -> dict[str, Any]: return recorded(self.bins, self.objective, self.pad)
 
     def state_dict(self) -> dict[str, int]: return {"epoch": self.epoch, "used": self.used}
 

@@ -27,7 +27,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import (AutoConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast, Qwen3Config,
+                          Qwen3ForCausalLM)
 
 # %% ../nbs/0_core/05_model.ipynb #imports-4
 from .batch import Batch, Columns, sees
@@ -249,7 +250,7 @@ def to_transformers(model: LM) -> PreTrainedModel:
 
 # %% ../nbs/0_core/05_model.ipynb #unused-knobs
 def without_unused_knobs(config: GenerationConfig) -> None:
-    "Take out knobs of sampling where nothing is sampled: transformers opens such a configuration and refuses to save it."
+    "Take out knobs of sampling where nothing is sampled: transformers opens such a file and refuses to save it."
     if config.do_sample: return
     for name in ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"):
         if hasattr(config, name): setattr(config, name, None)
@@ -258,8 +259,8 @@ def without_unused_knobs(config: GenerationConfig) -> None:
 def check_weights_finite(model: nn.Module) -> None:
     "Raises FloatingPointError, by name, for a weight that is not a number or infinite."
     if bad := next((n for n, p in model.named_parameters() if not p.isfinite().all()), None):
-        raise FloatingPointError(f"{bad} is not finite any more: nothing was saved, what was there before is intact; go on "
-                                 "from an earlier checkpoint with a lower learning rate")
+        raise FloatingPointError(f"{bad} is not finite any more: nothing was saved, what was there before is intact; "
+                                 "go on from an earlier checkpoint with a lower learning rate")
 
 
 def written(model: LM, tok: PreTrainedTokenizerFast, path: Path) -> None:

@@ -18,11 +18,12 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 # %% ../nbs/0_core/07_objective.ipynb #imports-4
 from .batch import Batch, Example, Noise, collate, starts
 from .model import LM, evaluating
+from .pretrained import Pretrained
 
 # %% ../nbs/0_core/07_objective.ipynb #shift
 def shift(b: Batch) -> Batch:
@@ -159,28 +160,30 @@ def read_row(row: dict, n: int) -> Example:
     known = {"input_ids", "attention_mask", "labels", "index"}
     take = lambda column: [column[t] for t in real]
     answer = [v != -100 for v in take(row["labels"])] if "labels" in row else None
-    facts = {k: take(v) for k, v in row.items() if k not in known}
+    numbers = lambda v: isinstance(v, list | tuple) and len(v) == len(row["input_ids"]) and all(
+        isinstance(n, int | float) for n in v)
+    facts = {k: take(v) for k, v in row.items() if k not in known and numbers(v)}
     return Example(take(list(row["input_ids"])), answer, facts, index=row.get("index", n))
 
 # %% ../nbs/0_core/07_objective.ipynb #for-trainer-class
-def for_trainer(objective: Objective, tok: PreTrainedTokenizerFast, dtype: torch.dtype = torch.float32
+def for_trainer(objective: Objective, tok: PreTrainedTokenizerFast, model: PreTrainedModel | Pretrained
                 ) -> dict[str, Callable]:
-    """`data_collator` and `compute_loss_func` for `transformers.Trainer`; `dtype` is that of the model's weights.
+    """`data_collator` and `compute_loss_func` for `transformers.Trainer(model, ...)`.
 
     Masks are drawn anew in each epoch from PyTorch's generator, which that trainer seeds. Raises ValueError for an
-    objective whose loss is not one weighted sum over one count.
+    objective whose loss is not one weighted sum over one count, and for a model that `Pretrained` refuses.
     """
     if not objective.plain:
         raise ValueError(f"{objective!r} has a loss or a count of its own: transformers' Trainer knows one sum over "
                          "one number of tokens; train it with lmtrain's Trainer")
-    lowest = torch.finfo(dtype).min
+    lm = model if isinstance(model, Pretrained) else Pretrained(model)
+    inputs, room = lm.inputs, lm.room  # not the model: workers get a copy
     def data_collator(features: list[dict]) -> dict[str, Tensor]:
         first, epoch = (int(n) for n in torch.randint(2**31, (2,)))
         b = collate([read_row(f, first + n) for n, f in enumerate(features)], pad=cast(int, tok.pad_token_id or 0))
         b = objective.corrupt(b, Noise(0, epoch))
-        hidden = torch.zeros(b.sees.shape, dtype=dtype).masked_fill(~b.sees, lowest)   # (B,T,T)
-        return {"input_ids": b.ids, "attention_mask": hidden[:, None], "position_ids": b.pos,
-                "labels": packed(b, objective.counted(b))}
+        if room and (T := b.ids.shape[1]) > room: raise ValueError(f"a row has {T} tokens, the model reads {room}")
+        return {**inputs(b), "labels": packed(b, objective.counted(b))}
 
     def compute_loss_func(outputs, labels: Tensor, num_items_in_batch=None) -> Tensor:
         counted, targets, weights = unpacked(labels)

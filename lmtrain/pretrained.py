@@ -6,31 +6,124 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['Pretrained', 'close', 'disobeys', 'disobedience', 'obeys_mask']
+__all__ = ['Inputs', 'position_table', 'embeddings', 'room', 'Given', 'Body', 'Head', 'Pretrained', 'close', 'in_float32',
+           'disobeys', 'some_rows', 'strays', 'disobedience', 'obeys_mask']
 
 # %% ../nbs/0_core/06_pretrained.ipynb #imports-2
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, cast
 
 # %% ../nbs/0_core/06_pretrained.ipynb #imports-3
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 # %% ../nbs/0_core/06_pretrained.ipynb #imports-4
 from .batch import Batch, Example, collate
 from .model import LM, Cache, Transformer, evaluating, moved
 
+# %% ../nbs/0_core/06_pretrained.ipynb #inputs
+@dataclass(frozen=True)
+class Inputs:
+    "How a transformers model wants the columns of a batch: its positions, its windows, its dtype."
+    dtype: torch.dtype
+    first: int = 0                # the number of a document's first position
+    window: int | None = None     # how near is near: |i - j| < window
+    kinds: tuple[str, ...] = ()   # of its layers: full_attention, sliding_attention
+
+    @classmethod
+    def of(cls, net: PreTrainedModel) -> Inputs:
+        "What a model's configuration and table of positions say."
+        config = net.config.get_text_config()
+        padding = getattr(position_table(net), "padding_idx", None)
+        window = getattr(config, "sliding_window", None)
+        kinds = tuple(sorted({*(getattr(config, "layer_types", None) or ())}))
+        if window and not kinds and getattr(config, "use_sliding_window", True): kinds = ("sliding_attention",)
+        both_ways = "MaskedLM" in type(net).__name__       # there `sliding_window` is the distance to either side
+        return cls(net.dtype, 0 if padding is None else padding + 1, window and window + both_ways, kinds)
+
+    def mask(self, b: Batch) -> Any:
+        "What is added to the scores: (B,1,T,T), or one for each kind of layer, where some attend only nearby."
+        zero, lowest = torch.zeros((), dtype=self.dtype, device=b.ids.device), torch.finfo(self.dtype).min
+        whole = zero.where(b.sees, lowest)[:, None]                                    # (B,1,T,T)
+        if "sliding_attention" not in self.kinds or self.window is None: return whole
+        far = (b.pos[:, :, None] - b.pos[:, None]).abs() >= self.window                # (B,T,T)
+        near = whole.masked_fill(far[:, None], lowest)                                 # (B,1,T,T)
+        return near if len(self.kinds) == 1 else {"full_attention": whole, "sliding_attention": near}
+
+    def __call__(self, b: Batch) -> dict[str, Any]:
+        "The arguments of a forward: ids (B,T), attention mask, positions (B,T)."
+        return {"input_ids": b.ids, "attention_mask": self.mask(b), "position_ids": b.pos + self.first}
+
+# %% ../nbs/0_core/06_pretrained.ipynb #room
+def position_table(net: PreTrainedModel) -> nn.Embedding | None:
+    "The table of positions of a model that has one and adds an offset to it."
+    table = getattr(getattr(net.base_model, "embeddings", None), "position_embeddings", None)
+    return table if isinstance(table, nn.Embedding) else None
+
+
+def embeddings(net: PreTrainedModel) -> Tensor:
+    "The table of a model's input embeddings: (V,D)."
+    return cast(nn.Embedding, net.get_input_embeddings()).weight
+
+
+def room(net: PreTrainedModel) -> int | None:
+    "How long a row may be: the size of the table, less what is reserved in it. None: no limit is known."
+    config, table = net.config.get_text_config(), position_table(net)
+    if table is not None: return table.num_embeddings - Inputs.of(net).first
+    return getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)
+
+# %% ../nbs/0_core/06_pretrained.ipynb #head
+class Given(BaseModelOutputWithPast):
+    "A body's output that holds hidden states, and nothing else that a head may look for."
+    def __getattr__(self, name: str) -> None: return None
+
+
+class Body(nn.Module):
+    "Stands in a model's place of its body, and returns the hidden states that it holds."
+    hidden: Tensor
+
+    @property
+    def decoder(self) -> Body: return self  # OPT calls the decoder inside its body
+
+    def forward(self, *args, **kwargs) -> Given: return Given(last_hidden_state=self.hidden)  # type: ignore[arg-type]
+
+
+class Head(nn.Module):
+    "Everything that a model does to its hidden states (...,D): logits (...,V). Its parameters come after the body."
+    def __init__(self, net: PreTrainedModel):
+        super().__init__()
+        self.rest, self.prefix = copy.copy(net), net.base_model_prefix
+        self.rest._modules = {**net._modules, self.prefix: Body()}
+
+    def forward(self, h: Tensor) -> Tensor:
+        self.rest._modules[self.prefix].hidden = h.reshape(1, -1, h.shape[-1])  # type: ignore[union-attr]
+        ids = torch.zeros(1, h.numel() // h.shape[-1], dtype=torch.long, device=h.device)  # (1,N)
+        return self.rest(input_ids=ids).logits.view(*h.shape[:-1], -1)                 # (...,V)
+
 # %% ../nbs/0_core/06_pretrained.ipynb #pretrained
 class Pretrained(LM):
     "A transformers model, or its name, under a batch's columns. Raises ValueError, by name, if it does not obey them."
+    net: PreTrainedModel
+    vocab: int         # rows of its table of embeddings
+    room: int | None   # how long a row may be
+    inputs: Inputs
+
     def __init__(self, name_or_module: str | Path | PreTrainedModel):
         super().__init__()
         if isinstance(name_or_module, str | Path):
             masked = "MaskedLM" in str(AutoConfig.from_pretrained(name_or_module).architectures)
-            name_or_module = (AutoModelForMaskedLM if masked else AutoModelForCausalLM).from_pretrained(name_or_module)
-        self.net: PreTrainedModel = name_or_module
-        config = self.net.config.get_text_config()
-        self.vocab, self.dim = config.vocab_size, config.hidden_size
+            kind = AutoModelForMaskedLM if masked else AutoModelForCausalLM
+            name_or_module = kind.from_pretrained(name_or_module, dtype=torch.float32)
+        self.net = name_or_module
+        config, table = self.net.config.get_text_config(), embeddings(self.net)
+        self.vocab, self.inputs, self.room = table.shape[0], Inputs.of(self.net), room(self.net)
+        self.dim = getattr(config, "hidden_size", None) or table.shape[1]
         self.causal = "MaskedLM" not in type(self.net).__name__ and getattr(config, "is_causal", True)
         if fault := disobeys(self):
             raise ValueError(f"{type(self.net).__name__} cannot run under a batch's mask: {fault}")
@@ -38,59 +131,76 @@ class Pretrained(LM):
     @property
     def head(self) -> nn.Module:  # type: ignore[override]
         "All of the model that comes after its hidden states."
-        return nn.Sequential(*(c for c in self.net.children() if c is not self.net.base_model))
-
-    def positions(self, b: Batch) -> Tensor:  # (B,T) long
-        "Positions as this model counts them: some begin behind the number of the padding token."
-        table = getattr(getattr(self.net.base_model, "embeddings", None), "position_embeddings", None)
-        padding = getattr(table, "padding_idx", None)
-        return b.pos if padding is None else b.pos + padding + 1                       # (B,T)
-
-    def added(self, b: Batch):
-        "What is added to the scores: (B,1,T,T), or one for each kind of layer, where some look only nearby."
-        zero, lowest = torch.zeros((), dtype=self.net.dtype, device=b.ids.device), torch.finfo(self.net.dtype).min
-        whole = zero.where(b.sees, lowest)[:, None]                                    # (B,1,T,T)
-        kinds = {*(getattr(self.net.config, "layer_types", None) or ())}
-        if kinds != {"full_attention", "sliding_attention"}: return whole
-        far = (b.pos[:, :, None] - b.pos[:, None]).abs()                               # (B,T,T)
-        near = far < self.net.config.sliding_window + ("MaskedLM" in type(self.net).__name__)  # (B,T,T)
-        return {"full_attention": whole, "sliding_attention": whole.masked_fill(~near[:, None], lowest)}
+        return Head(self.net)
 
     def forward(self, b: Batch, cache: Cache | None = None) -> Tensor:  # (B,T,D)
         if cache is not None: raise ValueError("Pretrained has no cache of columns: leave cache out")
-        return self.net.base_model(input_ids=b.ids, attention_mask=self.added(b), position_ids=self.positions(b),
-                                   use_cache=False)[0]                                 # (B,T,D)
+        return self.net.base_model(**self.inputs(b), use_cache=False)[0]               # (B,T,D)
 
 # %% ../nbs/0_core/06_pretrained.ipynb #disobeys
 def close(a: Tensor, b: Tensor) -> bool:
-    "Equal within a thousandth of the larger's size."
+    "Equal within a thousandth of the larger's size, and finite."
     return bool((a - b).abs().max() <= 1e-3 * b.abs().max())
+
+
+@contextmanager
+def in_float32(net: PreTrainedModel) -> Iterator[None]:
+    "Inside, all weights are in float32; after it each is as it was: 16 bits fit into 32 without loss."
+    halves = [t for t in (*net.parameters(), *net.buffers()) if t.is_floating_point() and t.element_size() < 4]
+    kinds = [t.dtype for t in halves]
+    for t in halves: t.data = t.data.float()
+    try: yield
+    finally:
+        for t, kind in zip(halves, kinds, strict=True): t.data = t.data.to(kind)
 
 
 def disobeys(model: Pretrained, T: int = 16) -> str:
     "In what a model does not do as the columns say; empty if it obeys."
+    before = model.inputs
     try:
-        with evaluating(model): return disobedience(model, T)
-    except (TypeError, ValueError, RuntimeError, IndexError) as e: return f"it fails: {str(e).splitlines()[0][:120]}"
+        with in_float32(model.net), evaluating(model):
+            model.inputs = replace(before, dtype=torch.float32)
+            return disobedience(model, min(T, model.room or T))
+    except Exception as e: return f"it fails: {(str(e) or type(e).__name__).splitlines()[0][:120]}"
+    finally: model.inputs = before
 
-
-def disobedience(model: Pretrained, T: int) -> str:
-    "The three checks."
-    long = T + 2 * (getattr(model.net.config, "sliding_window", None) or 0)
+# %% ../nbs/0_core/06_pretrained.ipynb #disobedience
+def some_rows(model: Pretrained, *lengths: int, pack: bool = False) -> Batch:
+    "Rows of random tokens where the model is; packed, they make one row."
     dice = torch.Generator().manual_seed(0)
-    row = lambda n: Example((5 + torch.randint(model.vocab - 5, (n,), generator=dice)).tolist())
-    b, device = collate([row(T), row(T - 5)]), model.net.device
-    both = collate([row(T // 2), row(T // 2)], T, pack=True).to(device)
-    for order in (b.order, torch.zeros_like(b.order), (b.order - T // 2).clamp(min=0)):
-        c = b.set(order=order).to(device)
-        if any((moved(model, c, j) != c.sees[:, :, j])[c.doc > 0].any() for j in range(0, T - 5, 3)):
-            return "a token sees what the mask hides, or does not see what it shows"
-    own = collate([row(long)]).to(device)
-    h = model.net.base_model(input_ids=own.ids)[0]                                     # (1,long,D)
-    if not any(close(model(own.set(order=o)), h) for o in (own.order, torch.zeros_like(own.order))):
-        return "on its own pattern it gives other hidden states (a sliding window, or positions of its own)"
-    alone = model(collate([Example(both.ids[0, T // 2:].tolist())]).to(device))        # (1,T/2,D)
-    return "" if close(model(both)[:, T // 2:], alone) else "a packed document is not what it is alone"
+    low = min(5, model.vocab // 2)
+    rows = [Example((low + torch.randint(model.vocab - low, (n,), generator=dice)).tolist()) for n in lengths]
+    return collate(rows, sum(lengths) if pack else None, pack).to(model.net.device)
+
+
+def strays(model: Pretrained, b: Batch) -> bool:
+    "Does a token move what it may not, or leave a near one in its place that sees it?"
+    near = (b.pos[:, :, None] - b.pos[:, None]).abs() < (model.inputs.window or b.ids.shape[1])  # (B,T,T)
+    for j in range(0, b.ids.shape[1], 3):
+        felt, sees = moved(model, b, j), b.sees[:, :, j]                               # (B,T) (B,T)
+        real = (b.doc > 0) & (b.doc[:, j:j + 1] > 0)                                   # (B,T)
+        if (real & (felt & ~sees | ~felt & sees & near[:, :, j])).any(): return True
+    return False
+
+# %% ../nbs/0_core/06_pretrained.ipynb #disobedience-checks
+def disobedience(model: Pretrained, T: int) -> str:
+    "The four checks."
+    b, half = some_rows(model, T, T - 5), T // 2
+    for order in (b.order, torch.zeros_like(b.order), (b.order - half).clamp(min=0)):
+        if strays(model, b.set(order=order)): return "a token sees what the mask hides, or does not see what it shows"
+    own = some_rows(model, min(model.room or 10**9, T + 2 * (model.inputs.window or 0)))
+    h, logits = model.net.base_model(input_ids=own.ids)[0], model.net(input_ids=own.ids).logits  # (1,L,D) (1,L,V)
+    fits = [c for o in (own.order, torch.zeros_like(own.order)) if close(model(c := own.set(order=o)), h)]
+    if not fits: return "on its own pattern it gives other hidden states (a window, or positions of its own)"
+    if not close(model.head(model(fits[0])), logits): return "its logits are not those of its own forward"
+    both = some_rows(model, half, half, pack=True)
+    alone = model(collate([Example(both.ids[0, half:].tolist())]).to(model.net.device))  # (1,T/2,D)
+    if not close(model(both)[:, half:], alone): return "a packed document is not what it is alone"
+    with torch.enable_grad():
+        table = embeddings(model.net)
+        if not table.requires_grad: return ""
+        found = torch.autograd.grad(model.head(model(fits[0])).logsumexp(-1).sum(), table)[0]  # (V,D)
+    return "" if found.isfinite().all() and found.any() else "no finite gradient reaches its embeddings"
 
 # %% ../nbs/0_core/06_pretrained.ipynb #obeys-mask
 def obeys_mask(model: LM) -> bool:

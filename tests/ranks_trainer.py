@@ -18,7 +18,7 @@ from lmtrain.train import Trainer, fitting_accelerator
 def theirs(objective, size: int, accumulate: int, broken: bool = False):
     "The gradient before the step of transformers' Trainer, and the same batches as our own objects."
     net, ours, grads = net_of(), [], []
-    parts = for_trainer(objective, TOK)
+    parts = for_trainer(objective, TOK, net_of())
     def keep(features):
         torch.manual_seed(seed := 1000 * rank() + len(ours))
         first, epoch = (int(n) for n in torch.randint(2**31, (2,)))

@@ -39,7 +39,7 @@ def gradient(net): return torch.cat([p.grad.flatten() for p in net.parameters()]
 def theirs(objective, size, accumulate, tmp_path, broken=False):
     "The gradient of one step of transformers' Trainer, and the batches it saw."
     net, seen = net_of(), []
-    parts = for_trainer(objective, TOK)
+    parts = for_trainer(objective, TOK, net)
     collate_, loss = parts["data_collator"], parts["compute_loss_func"]
     def keep(features):
         torch.manual_seed(1000 + len(seen)); seen.append(None)
@@ -91,10 +91,10 @@ def test_gradient_at_any_accumulation(objective, tmp_path):
 @pytest.mark.parametrize("objective", TOKEN_OBJECTIVES, ids=lambda o: repr(o)[:40])
 def test_same_as_our_trainer(objective, tmp_path):
     "The same batch through lmtrain's own Trainer: the same gradient."
+    parts = for_trainer(objective, TOK, net_of())
     torch.manual_seed(5)
     first, epoch = (int(n) for n in torch.randint(2**31, (2,)))
     torch.manual_seed(5)
-    parts = for_trainer(objective, TOK)
     s = parts["data_collator"](ROWS)
     got = plain_reference(objective, [s])
     net = net_of()
@@ -118,13 +118,13 @@ def test_labels_carry_weights():
                                        Mix((.5, .5), by_gradient, a=CLM(), b=CLM())], ids=lambda o: repr(o)[:30])
 def test_others_are_refused(objective):
     "A loss or a count of one's own cannot pass through labels."
-    with pytest.raises(ValueError, match="of its own"): for_trainer(objective, TOK)
+    with pytest.raises(ValueError, match="of its own"): for_trainer(objective, TOK, net_of())
 
 
 def test_rows_of_a_data_set():
     "Padding is cut off, -100 is not asked, an index is kept, facts about tokens become columns."
     row = {"input_ids": [5, 6, 7, 0], "attention_mask": [1, 1, 1, 0], "labels": [-100, 6, 7, -100], "word": [0, 0, 1, -1], "index": 3}
-    s = for_trainer(CLM(), TOK)["data_collator"]([row])
+    s = for_trainer(CLM(), TOK, net_of())["data_collator"]([row])
     assert s["input_ids"].tolist() == [[5, 6, 7]]
     counted, targets, _ = unpacked(s["labels"])
     assert counted.tolist() == [[True, True, False]] and targets.tolist() == [6, 7]
@@ -133,7 +133,7 @@ def test_rows_of_a_data_set():
 def test_block_diffusion_is_no_plain_row():
     "Rows of twice the length need `private`, which the mask carries: the same gradient there too."
     o = BlockDiffusion(M, block=4)
-    s = for_trainer(o, TOK)["data_collator"](ROWS)
+    s = for_trainer(o, TOK, net_of())["data_collator"](ROWS)
     assert s["input_ids"].shape[1] == 2 * max(len(r["input_ids"]) for r in ROWS)
     assert torch.isfinite(plain_reference(o, [s])).all()
 
@@ -146,3 +146,41 @@ def test_two_processes(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     said = [line for line in done.stdout.splitlines() if line.startswith("ok ")]
     assert said == ["ok mlm 1", "ok mlm 4", "ok diffusion 1", "ok diffusion 4", "ok control"]
+
+
+@pytest.mark.parametrize("name", ["roberta", "mistral", "gemma3"])
+def test_positions_and_windows_are_the_models(name):
+    """What the collator passes gives the model's own logits, where positions begin at 2 or layers look 8 tokens far.
+    Control: position 0 and one mask, as for a model without either, do not."""
+    import transformers as tf
+    S = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    build = {"roberta": lambda: tf.RobertaForMaskedLM(tf.RobertaConfig(**S, pad_token_id=1)),
+             "mistral": lambda: tf.MistralForCausalLM(tf.MistralConfig(**S, num_key_value_heads=2, sliding_window=8)),
+             "gemma3": lambda: tf.Gemma3ForCausalLM(tf.Gemma3TextConfig(**S, num_key_value_heads=2, head_dim=8, sliding_window=8,
+                                                                        layer_types=["sliding_attention", "full_attention"]))}
+    torch.manual_seed(0)
+    net = build[name]().eval()
+    for p in net.parameters(): p.data.mul_(3 if p.ndim > 1 else 1)
+    objective = MLM(M, ORDINARY) if name == "roberta" else CLM()
+    s = for_trainer(objective, TOK, net)["data_collator"]([{"input_ids": [*range(20, 60)]}])
+    own, given = ("input_ids",), ("input_ids", "attention_mask", "position_ids")
+    plain = {**s, "position_ids": torch.arange(40)[None],
+             "attention_mask": torch.zeros(1, 1, 40, 40) if name == "roberta" else torch.full((40, 40), -1e38).triu(1)[None, None]}
+    with torch.no_grad(): want, got, wrong = (net(**{k: c[k] for k in names}).logits for c, names in ((s, own), (s, given), (plain, given)))
+    assert (got - want).abs().max() < 1e-3 * want.abs().max() < (wrong - want).abs().max()
+
+
+def test_a_refused_model_is_refused_here_too():
+    import transformers as tf
+    net = tf.MambaForCausalLM(tf.MambaConfig(vocab_size=300, hidden_size=32, num_hidden_layers=1))
+    with pytest.raises(ValueError, match="MambaForCausalLM cannot run"): for_trainer(CLM(), TOK, net)
+    collate_ = for_trainer(CLM(), TOK, net_of())["data_collator"]
+    with pytest.raises(ValueError, match="a row has 65 tokens, the model reads 64"): collate_([{"input_ids": [5] * 65}])
+
+
+def test_other_columns_stay_outside():
+    "A text, a number, a list of another length and one of texts, as `remove_unused_columns=False` leaves them; facts come in."
+    row = {"input_ids": [5, 6, 7], "text": "abc", "id": 4, "spans": [1, 2], "tags": ["a", "b", "c"], "word": [0, 0, 1]}
+    assert for_trainer(CLM(), TOK, net_of())["data_collator"]([row, row])["input_ids"].shape == (2, 3)
+    from lmtrain.objective import read_row
+    assert {*read_row(row, 0).tokens} == {"word"}

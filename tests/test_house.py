@@ -316,7 +316,8 @@ def test_nothing_unsafe():
 def test_the_example_of_contributing_runs():
     "The objective of CONTRIBUTING.md has at most 15 lines, is CLM at rate 0, is the experiment's, and goes everywhere."
     import torch
-    from lmtrain import CLM, Example, Loader, Mix, Noise, Size, Trainer, Transformer, explore, for_trainer, train_bpe
+    from lmtrain import CLM, Example, Loader, Mix, Noise, Size, Trainer, Transformer, explore, for_trainer, \
+        to_transformers, train_bpe
     from lmtrain.experiments.repeat import GappedCLM
     from lmtrain.run import read
     path = ROOT / "CONTRIBUTING.md"
@@ -335,7 +336,8 @@ def test_the_example_of_contributing_runs():
         loader = Loader(rows, o, rows=4, T=20, pack=True)
         assert len(Trainer(Transformer(Size(20, 16, 2, layers=1)), o, loader, steps=2).fit()) == 2
     tok = train_bpe(["to be or not to be"], 270)
-    collate, loss = for_trainer(mine, tok).values()
+    net = to_transformers(Transformer(Size(len(tok), 16, 2, layers=1)))
+    collate, loss = for_trainer(mine, tok, net).values()
     assert collate([{"input_ids": r.ids} for r in rows])["labels"].shape == (8, 11) and callable(loss)
     assert "rate" in explore(mine, first(CLM())[:1], tok, Noise()).controls
     assert read("lmtrain.experiments.repeat.GappedCLM(rate=.5)", tok) == GappedCLM(tok.mask_token_id, .5)

@@ -63,12 +63,22 @@ def test_accepted(name):
         assert (ours - theirs)[b.doc > 0].abs().max() < 1e-3 * theirs.abs().max()
 
 
-@pytest.mark.parametrize("name, build, why", [
-    ("MistralForCausalLM", lambda: MistralForCausalLM(MistralConfig(**KV, sliding_window=8)), "sliding window"),
-])
-def test_refused_by_name(name, build, why):
-    "What cannot be run under the columns says so with its name."
-    with pytest.raises(ValueError, match=f"{name} cannot run.*{why}"): Pretrained(made(build))
+@pytest.mark.parametrize("name", ["MistralForCausalLM", "Qwen2ForCausalLM"])
+def test_a_window_in_every_layer(name, monkeypatch):
+    """On rows of five windows every position is the model's own, and packed documents are alone. Control: without the
+    window in the mask only the first window's positions are right, and the model is refused."""
+    more = {"use_sliding_window": True, "max_window_layers": 0} if "Qwen" in name else {}
+    config = getattr(transformers, name.replace("ForCausalLM", "Config"))(**KV, sliding_window=8, **more)
+    net = made(lambda: getattr(transformers, name)(config))
+    model = Pretrained(net).eval()
+    b = collate([Example(torch.randint(5, 64, (40,)).tolist())])
+    with torch.no_grad():
+        theirs = net(input_ids=b.ids).logits                                           # (1,40,V)
+        assert (model.head(model(b)) - theirs).abs().max() < 1e-4 * theirs.abs().max()
+        monkeypatch.setattr(module.Inputs, "mask", lambda self, b: torch.where(b.sees, 0., -1e38)[:, None])
+        far = (model.head(model(b)) - theirs).abs().amax(-1)[0]                        # (40,)
+    assert far[:8].max() < 1e-4 * theirs.abs().max() < .01 * far[8:].max()
+    assert "hides" in module.disobeys(model) or "own pattern" in module.disobeys(model)
 
 
 def test_opt_as_measured():
@@ -82,14 +92,14 @@ def test_opt_as_measured():
 def test_each_question_is_needed(fault, monkeypatch):
     "Negative control: models broken in four ways are each found out."
     model = Pretrained(made(GOOD["gpt2"]))
-    whole, base = Pretrained.added, model.net.base_model.forward
+    whole, base = module.Inputs.mask, model.net.base_model.forward
     def forward(input_ids, attention_mask=None, position_ids=None, **more):
         if fault == "it raises" and attention_mask is not None: raise TypeError("a mask of 4 dimensions")
         if fault == "positions are ignored": position_ids = None
         return base(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, **more)
     monkeypatch.setattr(model.net.base_model, "forward", forward)
-    if fault == "everything is seen": monkeypatch.setattr(Pretrained, "added", lambda self, b: whole(self, b) * 0)
-    if fault == "the mask is ignored": monkeypatch.setattr(Pretrained, "added", lambda self, b: None)
+    if fault == "everything is seen": monkeypatch.setattr(module.Inputs, "mask", lambda self, b: whole(self, b) * 0)
+    if fault == "the mask is ignored": monkeypatch.setattr(module.Inputs, "mask", lambda self, b: None)
     assert module.disobeys(model) and not obeys_mask(model)
 
 
@@ -124,3 +134,64 @@ def test_a_qwen3_directory_trains_here_and_goes_back(tmp_path):
     said = pipe("the sea", max_new_tokens=6, do_sample=False)[0]["generated_text"]
     t = generate(model, [tok("the sea")["input_ids"]], 6, temperature=0, eos=tok.eos_token_id)
     assert said == tok.decode(t.ids[0][t.when[0] >= 0], skip_special_tokens=True)
+
+
+# ---- what models do outside their modules, and where they come from
+
+def own_loss(net, b):
+    return net(input_ids=b.ids, labels=b.ids).loss
+
+
+@pytest.mark.parametrize("name", ["granite", "cohere", "gemma2", "bert", "distilbert"])
+def test_the_head_is_the_models_own(name):
+    """Scaled, squeezed and layered heads: our loss is the model's own to 1e-5. Control: its last matrix alone is not."""
+    build = {"granite": lambda: transformers.GraniteForCausalLM(transformers.GraniteConfig(**KV, logits_scaling=8.)),
+             "cohere": lambda: transformers.CohereForCausalLM(transformers.CohereConfig(**KV, logit_scale=.25)),
+             "gemma2": lambda: transformers.Gemma2ForCausalLM(transformers.Gemma2Config(**KV, head_dim=8, final_logit_softcapping=.5, sliding_window=64)),
+             "bert": lambda: BertForMaskedLM(BertConfig(**S)),
+             "distilbert": lambda: transformers.DistilBertForMaskedLM(transformers.DistilBertConfig(vocab_size=64, dim=32, n_layers=2, n_heads=4, hidden_dim=48))}
+    net = made(build[name])
+    model = Pretrained(net).eval()
+    b = collate([Example(torch.randint(5, 64, (12,)).tolist())])
+    if model.causal: q, matrix = shift(b), net.get_output_embeddings()
+    else: q, matrix = b.set(order=torch.zeros_like(b.order), targets=b.ids, weights=torch.ones(b.ids.shape)), net.get_output_embeddings()
+    with torch.no_grad():
+        ours, n = nll(model, q).sum(), int((q.weights > 0).sum())
+        assert abs(ours / n - own_loss(net, b)) < 1e-5 * own_loss(net, b)
+        bare = torch.nn.functional.cross_entropy(matrix(model(q))[q.weights > 0], q.targets[q.weights > 0])
+        assert abs(bare - own_loss(net, b)) > 1e-3
+    names = {n for n, _ in model.head.named_parameters()}
+    assert names and len(model.state_dict()) == len({k for k in model.state_dict() if k.startswith("net.")})
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_checkpoints_in_16_bits_open_in_32(dtype, tmp_path):
+    "Most checkpoints are in bf16: they open, are float32, and train. A module in 16 bits opens as it is, for a reference."
+    net = made(GOOD["llama"]).to(dtype)
+    net.save_pretrained(tmp_path)
+    model = Pretrained(tmp_path)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    b = CLM().corrupt(collate([Example([1, *range(10, 30), 2])]), None)
+    assert Trainer(model, CLM(), [b], lr=1e-2, steps=20).fit()["loss"][-1] < 2
+    kinds = {n: t.dtype for n, t in [*net.named_parameters(), *net.named_buffers()]}
+    frozen = Pretrained(net)
+    assert {n: t.dtype for n, t in [*net.named_parameters(), *net.named_buffers()]} == kinds
+    with torch.no_grad(): assert nll(frozen.eval(), b).isfinite().all()
+    with pytest.raises(ValueError, match="in 16 bits"): Trainer(frozen, CLM(), [b])
+
+
+def test_room_of_a_table_with_reserved_positions():
+    "RoBERTa's 64 positions begin behind its padding token: 62 tokens fit, as its own forward says, and the 63rd does not."
+    net = made(lambda: RobertaForMaskedLM(RobertaConfig(**{**S, "pad_token_id": 1, "bos_token_id": 0}, max_position_embeddings=64)))
+    model = Pretrained(net)
+    assert model.room == 62
+    fit = lambda n: collate([Example([5] * n)])
+    assert model(fit(62)).isfinite().all()
+    with pytest.raises((IndexError, RuntimeError)): model(fit(63))
+
+
+def test_models_without_attention_are_refused_in_one_line():
+    for build in (lambda: transformers.MambaForCausalLM(transformers.MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2)),
+                  lambda: transformers.T5ForConditionalGeneration(transformers.T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4))):
+        with pytest.raises(ValueError, match="cannot run under a batch's mask") as e: Pretrained(made(build))
+        assert "\n" not in str(e.value) and len(str(e.value)) < 250
