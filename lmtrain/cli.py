@@ -102,8 +102,14 @@ def generate(model: Annotated[str, typer.Argument(help="A folder with a model, s
              seed: Annotated[int, typer.Option(help="Another seed, another text.")] = 0) -> None:
     "Write a text with a saved model."
     from .generation import generate as write
-    from .model import load
-    lm, tok = load(model)
+    from .model import Transformer
+    from .run import opened
+    if not 0 <= seed < 2**32: raise ValueError(f"seed must be from 0 to 2**32 - 1, not {seed}")
+    lm, tok = opened(model)
+    if not lm.causal: raise ValueError("this model was trained with both sides in view and cannot write left to right")
+    if not isinstance(lm, Transformer):
+        raise ValueError(f"{model} holds a {type(lm.net).__name__}: lmtrain generate writes with models of lmtrain's own "
+                         "architecture so far; transformers' pipeline('text-generation') writes with this one")
     words = tok(prompt, add_special_tokens=False, split_special_tokens=True)["input_ids"]
     ids = [tok.bos_token_id, *words]  # type: ignore[misc]
     room = lm.size.length - len(ids)
@@ -120,13 +126,13 @@ def evaluate(model: Annotated[str, typer.Argument(help="A folder with a model, s
     "Score a saved model on held-out documents, in bits per byte."
     _quick_on_cpu()
     from .corpora import corpus
-    from .evaluate import bits_interval
-    from .model import load
+    from .evaluate import between, document_bits
+    from .run import opened, roomy
     from .text import examples
-    lm, tok = load(model)
-    rows = examples(corpus(data, column)["validation"]["text"][:], tok, lm.size.length)
-    mean, low, high = bits_interval(lm, rows)
-    print(f"{mean:.3f} bits per byte ({low:.3f} to {high:.3f}) on {rows.nbytes:,} bytes of {data}")
+    lm, tok = opened(model)
+    rows = examples(corpus(data, column)["validation"]["text"][:], tok, min(roomy(lm), 1024))
+    bits, sizes = document_bits(lm, rows)
+    print(f"{bits.sum() / sizes.sum():.3f} bits per byte ({between(bits, sizes)}) on {rows.nbytes:,} bytes of {data}")
 
 
 @app.command()

@@ -6,9 +6,9 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['Score', 'ROUNDING', 'must_be_causal', 'row_bits', 'bits_per_byte', 'interval', 'bits_interval', 'grams', 'ngram_bits',
-           'encoded', 'likelihood', 'pseudo_likelihood', 'minimal_pairs', 'choose', 'exact_match', 'held_loss',
-           'Evaluate']
+__all__ = ['FEW', 'Score', 'ROUNDING', 'must_be_causal', 'row_bits', 'bits_per_byte', 'document_bits', 'interval',
+           'bits_interval', 'between', 'grams', 'ngram_bits', 'encoded', 'likelihood', 'pseudo_likelihood',
+           'minimal_pairs', 'choose', 'exact_match', 'held_loss', 'Evaluate']
 
 # %% ../nbs/0_core/13_evaluate.ipynb #imports-2
 import math
@@ -46,10 +46,23 @@ def row_bits(model: LM, rows: Rows, batch: int = 16) -> np.ndarray:
         out.append(nats.double().cpu() / math.log(2))                                  # (batch,)
     return torch.cat(out).numpy()                                                      # (rows,)
 
-
+# %% ../nbs/0_core/13_evaluate.ipynb #bits-of-documents
 def bits_per_byte(model: LM, rows: Rows, batch: int = 16) -> float:
-    "Bits per byte of the text that `rows` were cut from, all of it."
-    return float(row_bits(model, rows, batch).sum() / rows.nbytes)
+    "Bits per byte of the text that `rows` were cut from, all of it. Raises what `document_bits` raises."
+    bits, sizes = document_bits(model, rows, batch)
+    return float(bits.sum() / sizes.sum())
+
+
+def document_bits(model: LM, rows: Rows, batch: int = 16) -> tuple[np.ndarray, np.ndarray]:
+    """Bits of each document, and its bytes: (documents,) float64 each.
+
+    Raises ValueError for a model that is not causal, and for rows whose tokenizer loses something of the text: bits
+    for what is left, over bytes of the whole, would be too few.
+    """
+    if rows.lossy: raise ValueError(f"there are no bits per byte here: {rows.lossy}. Use held_loss, in nats a token, "
+                                    "or a tokenizer that loses nothing")
+    _, document = np.unique(rows.docs, return_inverse=True)                            # (rows,)
+    return np.bincount(document, row_bits(model, rows, batch)), np.bincount(document, rows.sizes)
 
 # %% ../nbs/0_core/13_evaluate.ipynb #interval
 def interval(values: Sequence[float] | np.ndarray, sizes: Sequence[float] | np.ndarray | None = None,
@@ -67,11 +80,21 @@ def interval(values: Sequence[float] | np.ndarray, sizes: Sequence[float] | np.n
     return float(x.sum() / n.sum()), float(low), float(high)
 
 
+FEW = 10  # fewer documents than this say little about others: their interval would be a guess
+
+
 def bits_interval(model: LM, rows: Rows, batch: int = 16) -> tuple[float, float, float]:
-    "Bits per byte, and its bootstrap interval over rows."
-    tokens_per_byte = rows.loss_tokens.sum() / rows.nbytes
-    mean, low, high = interval(row_bits(model, rows, batch), rows.loss_tokens)
-    return mean * tokens_per_byte, low * tokens_per_byte, high * tokens_per_byte
+    "Bits per byte, and its bootstrap interval over documents; of fewer than 10 documents it is NaN."
+    bits, sizes = document_bits(model, rows, batch)
+    mean, low, high = interval(bits, sizes)
+    return (mean, low, high) if len(bits) >= FEW else (mean, math.nan, math.nan)
+
+
+def between(bits: np.ndarray, sizes: np.ndarray) -> str:
+    "The interval of bits per byte in words; of too few documents the documents themselves."
+    if len(bits) >= FEW: return "{1:.3f} to {2:.3f}".format(*interval(bits, sizes))
+    one = "one document is" if len(bits) == 1 else f"{len(bits)} documents are"
+    return f"{one} too few for an interval: {', '.join(f'{v:.3f}' for v in bits / sizes)}"
 
 # %% ../nbs/0_core/13_evaluate.ipynb #ngram
 def grams(text: np.ndarray, n: int) -> np.ndarray:

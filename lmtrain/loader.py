@@ -107,7 +107,7 @@ class _Made(Dataset):  # lets a DataLoader call `make` in its workers
 # %% ../nbs/0_core/09_loader.ipynb #record
 def described(thing: Any) -> str:
     "An object in words that are the same in another process: without addresses."
-    return re.sub(r" at 0x[0-9a-f]+", "", repr(thing))
+    return getattr(thing, "__qualname__", None) or re.sub(r" at 0x[0-9a-f]+", "", repr(thing))
 
 
 def digest(items: Sequence | Iterable, some: int = 16) -> str:
@@ -121,8 +121,8 @@ def digest(items: Sequence | Iterable, some: int = 16) -> str:
 
 def recorded(bins: Bins, objective: Objective, pad: int) -> dict[str, Any]:
     "What a loader's batches depend on, as numbers and text: loaders with the same record make the same batches."
-    return {"rows": bins.rows, "T": bins.T, "pad": pad, "pack": bins.pack, "seed": bins.seed, "objective": described(objective),
-            "change": described(bins.change), "data": digest(bins.items)}
+    return {"rows": bins.rows, "T": bins.T, "pad": pad, "pack": bins.pack, "seed": bins.seed,
+            "objective": described(objective), "change": described(bins.change), "data": digest(bins.items)}
 
 # %% ../nbs/0_core/09_loader.ipynb #loader
 class Loader:

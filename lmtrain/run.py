@@ -6,11 +6,16 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['class_of', 'from_tokenizer', 'read', 'longer', 'opened', 'Job', 'parts', 'continued', 'go_on', 'train', 'finish']
+__all__ = ['class_of', 'from_tokenizer', 'read', 'longer', 'opened', 'roomy', 'Job', 'parts', 'continued', 'go_on', 'train',
+           'rehearse', 'finish']
 
 # %% ../nbs/8_tour/02_run.ipynb #imports-2
 import ast
 import json
+import math
+import os
+import shutil
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, Field, asdict, dataclass, fields, is_dataclass
 from importlib import import_module
@@ -26,7 +31,7 @@ from transformers import PreTrainedTokenizerFast
 # %% ../nbs/8_tour/02_run.ipynb #imports-4
 from .text import Rows, examples, load_tokenizer, regular_ids, train_bpe
 from .corpora import corpus
-from .model import LM, Size, Transformer, load, save, to_transformers
+from .model import LM, Size, Transformer, check_weights_finite, load, save
 from .pretrained import Pretrained
 from .objective import Objective
 from .optim import fitting_optimizer
@@ -92,17 +97,28 @@ def longer(model: LM, vocab: int) -> LM:
         model.size = Size(**{**asdict(model.size), "vocab": vocab})
     return model
 
-
-def opened(path: str, length: int) -> tuple[LM, PreTrainedTokenizerFast]:
+# %% ../nbs/8_tour/02_run.ipynb #opened
+def opened(path: str, length: int = 0) -> tuple[LM, PreTrainedTokenizerFast]:
     "The model and tokenizer in a folder, or of a name on the hub. Raises OSError or ValueError if it cannot be used."
     model: LM
-    if not Path(path).exists() and "/" not in path:
+    if not Path(path).exists() and (path.count("/") != 1 or path.startswith(".")):
         raise OSError(f"no model at {path!r}: give a folder, owner/name on the hub, or Size(...)")
     try: model, tok = load(path)                           # what the native model computes as well
-    except (OSError, ValueError, KeyError): model, tok = Pretrained(path), load_tokenizer(path)
-    room = to_transformers(model).config.max_position_embeddings
+    except (OSError, ValueError, KeyError):
+        try: model, tok = Pretrained(path), load_tokenizer(path)
+        except OSError as e:
+            if Path(path).exists(): raise
+            why = str(e).splitlines()[0][:80]
+            raise OSError(f"{path!r} is no folder here, and the hub did not give it ({why})") from None
+    room = roomy(model)
     if length > room: raise ValueError(f"rows have {length} tokens, this model reads {room}: give --length {room}")
     return longer(model, len(tok)), tok
+
+
+def roomy(model: LM) -> int:
+    "How many tokens a row of a model may have."
+    if isinstance(model, Transformer): return model.size.length
+    return (model.room if isinstance(model, Pretrained) else None) or 2**31
 
 # %% ../nbs/8_tour/02_run.ipynb #job
 @dataclass
@@ -124,25 +140,30 @@ class Job:
         self.rows, self.length, self.lr = self.rows or size.rows, self.length or size.length, self.lr or size.lr
         for name in ("steps", "rows", "length", "window", "lr"):
             if not getattr(self, name) > 0: raise ValueError(f"{name} must be more than 0, not {getattr(self, name)}")
+        if not 0 <= self.seed < 2**32: raise ValueError(f"seed must be from 0 to 2**32 - 1, not {self.seed}")
+
+    def check(self, out: Path) -> None:
+        "Raises ValueError if another job lives in a folder; the same one may be given other steps."
+        try: other = json.loads((out / "job.json").read_text(encoding="utf-8"))
+        except FileNotFoundError: return
+        except ValueError: raise ValueError(f"{out}/job.json is damaged: remove it, or give another --out") from None
+        if wrong := [k for k, v in asdict(self).items() if k != "steps" and other.get(k) != v]:
+            raise ValueError(f"{out} holds a run with another {', '.join(wrong)}: give another --out, or remove it")
 
     def keep(self, out: Path) -> None:
-        "Write it to a folder. Raises ValueError if another job lives there."
-        path, text = out / "job.json", json.dumps(asdict(self), indent=2) + "\n"
-        if path.exists() and (other := json.loads(path.read_text(encoding="utf-8"))) != asdict(self):
-            wrong = [k for k, v in asdict(self).items() if other.get(k) != v]
-            raise ValueError(f"{out} holds a run with another {', '.join(wrong)}: give another --out, or remove it")
-        out.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
+        "Write it to a folder, in one step."
+        write(out / "job.json", json.dumps(asdict(self), indent=2) + "\n")
 
 # %% ../nbs/8_tour/02_run.ipynb #tokenizer-of
 def parts(job: Job, out: Path, texts: list[str], accelerator: Accelerator) -> tuple[LM, PreTrainedTokenizerFast]:
     "The model and the tokenizer; a new tokenizer is made by the first rank, once, and kept in `out`."
     torch.manual_seed(job.seed)
     if job.model and not job.model.startswith("Size("): return opened(job.model, job.length)
-    if accelerator.is_main_process and not (out / "tokenizer").exists():
-        making = out / f".tokenizer-{job.seed}"
-        train_bpe(texts, scale().vocab).save_pretrained(making)
-        making.rename(out / "tokenizer")
+    if accelerator.is_main_process and not ((out / "tokenizer").exists() and (out / "job.json").exists()):
+        with tempfile.TemporaryDirectory(dir=out, prefix=".making-") as folder:  # one without a job is of another text
+            train_bpe(texts, scale().vocab).save_pretrained(Path(folder) / "tokenizer")
+            shutil.rmtree(out / "tokenizer", ignore_errors=True)
+            os.replace(Path(folder) / "tokenizer", out / "tokenizer")
     accelerator.wait_for_everyone()
     tok, s = load_tokenizer(str(out / "tokenizer")), scale()
     size = asdict(Size(len(tok), s.dim, s.heads, layers=s.layers, length=job.length))
@@ -187,32 +208,43 @@ def train(job: Job, out: str | Path, say: Callable[[str], object] = print) -> Hi
     """
     accelerator, out = fitting_accelerator(), Path(out)
     tell = say if accelerator.is_main_process else lambda text: None
-    with accelerator.main_process_first():
-        job.keep(out)
-        splits = corpus(job.data, job.column)
+    job.check(out)
+    out.mkdir(parents=True, exist_ok=True)
+    with accelerator.main_process_first(): splits = corpus(job.data, job.column)
     texts, held_texts = splits["train"]["text"][:], splits["validation"]["text"][:]
     model, tok = parts(job, out, texts, accelerator)
     objective = read(job.objective, tok)
     rows, held = (examples(t, tok, job.length) for t in (texts, held_texts))
-    tell(f"{objective!r}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} million parameters, {job.steps:,} "
-         f"steps of {job.window} x {job.rows} rows of {job.length} tokens on {accelerator.num_processes} process"
-         f"{'es' * (accelerator.num_processes > 1)}.")
     loader = Loader(rows, objective, job.rows, job.length, pack=True, seed=job.seed, pad=tok.pad_token_id or 0)
     trainer = Trainer(model, objective, loader, job.lr, job.steps, job.window, accelerator=accelerator,
                       optimizer=fitting_optimizer(model, job.rows * job.window * job.length), bf16=native_bf16())
+    if accelerator.is_main_process:
+        rehearse(trainer.model, tok, out, lambda model: held_loss(model, objective, held.spread(1)))
+        job.keep(out)
+    tell(f"{objective!r}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} million parameters, {job.steps:,} "
+         f"steps of {job.window} x {job.rows} rows of {job.length} tokens on {accelerator.num_processes} process"
+         f"{'es' * (accelerator.num_processes > 1)}.")
     finish(trainer, job, out, held, tok, tell)
     accelerator.wait_for_everyone()
     accelerator.end_training()  # all leave the group together: a rank that just stopped could abort on its way out
     return trainer.history
 
 # %% ../nbs/8_tour/02_run.ipynb #finish
+def rehearse(model: LM, tok: PreTrainedTokenizerFast, out: Path, score: Callable[[LM], object]) -> None:
+    "Do what stands at the end of a run, a score and a saved model, in a folder that is thrown away. Raises what fails."
+    score(model)
+    with tempfile.TemporaryDirectory(dir=out, prefix=".rehearsal-") as folder: save(model, tok, Path(folder) / "model")
+
+
 def finish(trainer: Trainer, job: Job, out: Path, held: Rows, tok: PreTrainedTokenizerFast,
            say: Callable[[str], object]) -> None:
     "Take the steps that are left, score text that was held out, and save the model."
-    few = Rows(held.tokens, held.cuts[:32], held.nbytes)
+    few = held.spread(32)
     go_on(trainer, out, lambda model: held_loss(model, trainer.objective, few), say)
     if not trainer.accelerator.is_main_process: return
+    check_weights_finite(trainer.model)
     for name, loss in held_loss(trainer.model, trainer.objective, held).items():
         say(f"{loss:.4f} nats a token on held-out text ({name})")
+        if not math.isfinite(loss): raise FloatingPointError(f"the held-out loss is {loss}: the model is not saved")
     save(trainer.model.cpu(), tok, out / "model")
     say(f"The model is in {out / 'model'}")

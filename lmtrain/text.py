@@ -6,18 +6,21 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['SPECIALS', 'ROLES', 'TEMPLATE', 'train_bpe', 'train_chars', 'load_tokenizer', 'regular_ids', 'cut', 'Rows', 'encode',
-           'examples', 'chat']
+__all__ = ['SPECIALS', 'ROLES', 'TEMPLATE', 'Ids', 'pieces', 'train_bpe', 'train_chars', 'load_tokenizer', 'regular_ids', 'among',
+           'nth', 'cut', 'Rows', 'encode', 'losses', 'examples', 'content', 'chat']
 
 # %% ../nbs/0_core/02_text.ipynb #imports-2
+import re
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice, pairwise
-from typing import cast
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain, islice
+from typing import Any, cast
 
 # %% ../nbs/0_core/02_text.ipynb #imports-3
 import numpy as np
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 # %% ../nbs/0_core/02_text.ipynb #imports-4
@@ -42,6 +45,12 @@ def _wrap(core: Tokenizer) -> PreTrainedTokenizerFast:
                                    chat_template=TEMPLATE, clean_up_tokenization_spaces=False)
 
 # %% ../nbs/0_core/02_text.ipynb #train-bpe
+def pieces(text: str, longest: int = 1000) -> list[str]:
+    "A text, its words cut at `longest` characters: learning merges takes the square of a word's length."
+    if len(text) <= longest or not re.search(rf"\S{{{longest + 1}}}", text): return [text]
+    return re.sub(rf"\S{{{longest}}}", lambda run: run[0] + "\0", text.replace("\0", "")).split("\0")
+
+
 def train_bpe(texts: Iterable[str], vocab_size: int = 4096) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer: lossless, specials first. Sennrich et al. (2016).
 
@@ -54,7 +63,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int = 4096) -> PreTrainedTokeniz
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
-    core.train_from_iterator(texts, trainers.BpeTrainer(
+    core.train_from_iterator(chain.from_iterable(map(pieces, texts)), trainers.BpeTrainer(
         vocab_size=vocab_size, special_tokens=special, show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
     return _wrap(core)
@@ -73,7 +82,7 @@ def train_chars(texts: Iterable[str]) -> PreTrainedTokenizerFast:
 
 # %% ../nbs/0_core/02_text.ipynb #load-tokenizer
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerFast:
-    """Open a tokenizer, adding the specials it lacks (then `len(tok)` grows).
+    """Open a tokenizer, adding the specials it lacks (then `len(tok)` grows). CLS and SEP serve as bos and eos.
 
     Raises OSError, in one line, if there is none.
     """
@@ -81,6 +90,8 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerFast:
     except (OSError, ValueError) as e:
         raise OSError(f"no tokenizer at {str(name_or_path)!r}: give a directory with tokenizer.json, or a hub name "
                       f"while online ({str(e).splitlines()[0][:80]})") from None
+    for name, known in {"bos_token": tok.cls_token, "eos_token": tok.sep_token}.items():  # BERT's names of the two ends
+        if getattr(tok, name) is None and known is not None: setattr(tok, name, known)
     lacking: dict = {k: v for k, v in SPECIALS.items() if getattr(tok, k) is None}
     if tok.pad_token is not None and tok.pad_token == tok.eos_token:
         lacking["pad_token"] = SPECIALS["pad_token"]
@@ -88,10 +99,25 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerFast:
     return cast(PreTrainedTokenizerFast, tok)
 
 # %% ../nbs/0_core/02_text.ipynb #ordinary
-def regular_ids(tok: PreTrainedTokenizerFast) -> range:
-    "The longest run of token numbers without a special token among them."
-    edges = [-1, *sorted(tok.all_special_ids), len(tok)]
-    return max((range(a + 1, z) for a, z in pairwise(edges)), key=len)
+Ids = range | Tensor  # token numbers: those of a range, or a sorted (n,) long
+
+
+def regular_ids(tok: PreTrainedTokenizerFast) -> Ids:
+    "The numbers of all tokens that are not special: a range if they stand together, else a sorted tensor."
+    found = sorted({*range(len(tok))} - {*tok.all_special_ids})
+    whole = range(found[0], found[-1] + 1) if found else range(0)
+    return whole if len(whole) == len(found) else torch.tensor(found)                  # (n,)
+
+
+def among(ids: Tensor, some: Ids) -> Tensor:
+    "Which token numbers are among `some`: bool, shaped like `ids`."
+    return (ids >= some.start) & (ids < some.stop) if isinstance(some, range) else torch.isin(ids, some.to(ids.device))
+
+
+def nth(some: Ids, u: Tensor) -> Tensor:
+    "For uniform numbers in [0,1) a member of `some` each, all equally likely: long, shaped like `u`."
+    k = (u * len(some)).long()
+    return some.start + k if isinstance(some, range) else some.to(u.device)[k]
 
 # %% ../nbs/0_core/02_text.ipynb #cut
 def cut(n: int, T: int, overlap: int = 1) -> list[tuple[int, int, int]]:
@@ -105,8 +131,10 @@ def cut(n: int, T: int, overlap: int = 1) -> list[tuple[int, int, int]]:
 # %% ../nbs/0_core/02_text.ipynb #rows
 class Rows(Sequence):
     "Examples cut from one long memory-mapped run of tokens; each is made when it is read."
-    def __init__(self, tokens: np.ndarray, cuts: np.ndarray, nbytes: int):
-        self.tokens, self.cuts, self.nbytes = tokens, cuts, nbytes  # (N,), (rows,3), bytes of text
+    def __init__(self, tokens: np.ndarray, cuts: np.ndarray, sizes: np.ndarray, docs: np.ndarray, lossy: str = ""):
+        self.tokens, self.cuts = tokens, cuts             # (N,), (rows,3)
+        self.sizes, self.docs = sizes, docs               # (rows,) bytes of text in each row, its document's number
+        self.lossy = lossy                                # what the tokenizer loses of the text; empty: nothing
 
     def __len__(self) -> int: return len(self.cuts)
 
@@ -118,23 +146,46 @@ class Rows(Sequence):
         return Example(self.tokens[start:stop].tolist(), answer[:stop - start], index=i % len(self))
 
     @property
+    def nbytes(self) -> int: return round(float(self.sizes.sum()))
+
+    @property
     def loss_tokens(self) -> np.ndarray:
         "How many tokens of each row are in the loss: (rows,)."
         return self.cuts[:, 1] - self.cuts[:, 0] - self.cuts[:, 2]
+
+    def only(self, which: np.ndarray) -> Rows:
+        "Some of the rows, with the bytes that they stand for."
+        return Rows(self.tokens, self.cuts[which], self.sizes[which], self.docs[which], self.lossy)
+
+    def spread(self, n: int) -> Rows:
+        "At most `n` rows, at even distances, so from all documents in turn."
+        return self.only(np.unique(np.linspace(0, len(self) - 1, min(n, len(self))).round().astype(int)))
 
     def __repr__(self) -> str:
         return f"Rows({len(self):,} rows, {len(self.tokens):,} tokens, {self.nbytes:,} bytes of text)"
 
 # %% ../nbs/0_core/02_text.ipynb #examples
-def encode(texts: Iterable[str], tok: PreTrainedTokenizerFast, group: int = 64) -> Iterator[tuple[list[int], int]]:
-    "For each text its ids between bos and eos, special tokens in it read as plain text, and its bytes."
+def encode(texts: Iterable[str], tok: PreTrainedTokenizerFast, group: int = 64) -> Iterator[tuple[str, list[int]]]:
+    "Each text with its ids between bos and eos, special tokens in it read as plain text."
     texts = iter(texts)
     while some := list(islice(texts, group)):
         batch = tok(some, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
         for text, ids in zip(some, cast(list, batch), strict=True):
-            yield [tok.bos_token_id, *ids, tok.eos_token_id], len(text.encode())
+            yield text, [tok.bos_token_id, *ids, tok.eos_token_id]
 
+# %% ../nbs/0_core/02_text.ipynb #losses
+def losses(texts: Sequence[str], tok: PreTrainedTokenizerFast, unknown: int) -> str:
+    "What is lost of texts with `unknown` unknown tokens, in words; the first letters of each are read back."
+    if unknown: return f"{unknown:,} tokens are {tok.unk_token}: what they stood for is lost"
+    for text in texts:
+        ids = tok(text[:200], add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        back = str(tok.decode(ids, clean_up_tokenization_spaces=False))
+        if back != text[:200]:
+            at = next((i for i, (a, b) in enumerate(zip(text, back, strict=False)) if a != b), len(back))
+            return f"this tokenizer changes texts: {text[at:at + 20]!r} comes back as {back[at:at + 20]!r}"
+    return ""
 
+# %% ../nbs/0_core/02_text.ipynb #examples-rows
 def examples(texts: Iterable[str], tok: PreTrainedTokenizerFast, T: int, overlap: int = 1) -> Rows:
     """Documents as rows of at most `T` tokens, each token in the loss once, over a memory-mapped temporary file.
 
@@ -143,32 +194,55 @@ def examples(texts: Iterable[str], tok: PreTrainedTokenizerFast, T: int, overlap
     if isinstance(texts, str): raise ValueError("give a list of texts, such as [text]: one string is a row of letters")
     if not 0 < overlap < T: raise ValueError(f"overlap={overlap} must lie between 1 and T-1={T - 1}")
     kind = np.uint16 if len(tok) <= 2**16 else np.uint32
-    cuts: list[tuple[int, int, int]] = []
-    at = nbytes = 0
+    cuts, docs, sizes, first = [], [], list[float](), list[str]()
+    at = unknown = 0
     with tempfile.TemporaryFile() as file:
-        for ids, size in encode(texts, tok):
+        for n, (text, ids) in enumerate(encode(texts, tok)):
             file.write(np.asarray(ids, kind).tobytes())
-            cuts += [(at + a, at + z, skip) for a, z, skip in cut(len(ids), T, overlap)]
-            at, nbytes = at + len(ids), nbytes + size
+            rows, size = cut(len(ids), T, overlap), len(text.encode())
+            cuts += [(at + a, at + z, skip) for a, z, skip in rows]
+            docs += [n] * len(rows)
+            sizes += [size * (z - a - skip) / (len(ids) - 1) for a, z, skip in rows]
+            at, unknown = at + len(ids), unknown + (ids.count(tok.unk_token_id) if tok.unk_token_id is not None else 0)
+            if n < 32: first.append(text)
         if not cuts: raise ValueError("no text: the corpus is empty")
         file.flush()
-        return Rows(np.memmap(file, kind, "r", shape=(at,)), np.asarray(cuts), nbytes)
+        return Rows(np.memmap(file, kind, "r", shape=(at,)), np.asarray(cuts), np.asarray(sizes), np.asarray(docs),
+                    losses(first, tok, unknown))
 
 # %% ../nbs/0_core/02_text.ipynb #chat
-def chat(messages: Sequence[dict[str, str]], tok: PreTrainedTokenizerFast) -> Example:
+def content(message: Mapping[str, Any], special: Sequence[str]) -> str:
+    """The text of a message; of a list of parts the texts, joined.
+
+    Raises ValueError for anything that is not text, or spells a special token.
+    """
+    role, whole = message.get("role"), message.get("content")
+    def text_of(part: Any) -> str:
+        if isinstance(part, str): return part
+        if isinstance(part, dict):
+            if part.get("type", "text") == "text" and isinstance(part.get("text"), str): return part["text"]
+            raise ValueError(f"a {role} message has a part of type {part.get('type')!r}, which is not text: leave it out")
+        raise ValueError(f"a {role} message holds a {type(part).__name__} and not text: leave it out, or write it as text")
+    text = "".join(text_of(p) for p in (whole if isinstance(whole, list) else [whole]))
+    if wrong := [s for s in special if s in text]:
+        raise ValueError(f"a {role} message spells the special token {wrong[0]}: remove it or escape it")
+    return text
+
+# %% ../nbs/0_core/02_text.ipynb #chat-example
+def chat(messages: Sequence[Mapping[str, Any]], tok: PreTrainedTokenizerFast) -> Example:
     """A conversation as one Example; `answer` marks the assistant's tokens, EOS among them.
 
-    `messages` are dicts with `role` (system, user, assistant) and `content`. Raises ValueError if the tokenizer's
-    template does not mark the assistant's turns, or if a message spells a special token.
+    `messages` are dicts with `role` (system, user, assistant) and `content`, a text or a list of parts that are
+    texts. Raises ValueError if the tokenizer's template does not mark the assistant's turns, if a part is no text, or
+    if a message spells a special token.
     """
     if not tok.chat_template or "{% generation %}" not in tok.chat_template:
         raise ValueError("this tokenizer's chat template has no {% generation %} marks: set tok.chat_template, "
                          "for example to lmtrain.text.TEMPLATE")
+    if not messages: raise ValueError("a conversation needs a message")
     for m in messages:
-        if tok.chat_template == TEMPLATE and f"<|{m['role']}|>" not in ROLES:
-            raise ValueError(f"no role {m['role']!r}: a message is from system, user or assistant")
-        if wrong := [s for s in tok.all_special_tokens if s in m["content"]]:
-            raise ValueError(f"a {m['role']} message spells the special token {wrong[0]}: remove it or escape it")
-    out = cast(dict, tok.apply_chat_template(list(messages), tokenize=True, return_dict=True,
-                                             return_assistant_tokens_mask=True))
+        if tok.chat_template == TEMPLATE and f"<|{m.get('role')}|>" not in ROLES:
+            raise ValueError(f"no role {m.get('role')!r}: a message is from system, user or assistant")
+    plain = [{**m, "content": content(m, tok.all_special_tokens)} for m in messages]
+    out = cast(dict, tok.apply_chat_template(plain, tokenize=True, return_dict=True, return_assistant_tokens_mask=True))
     return Example(list(out["input_ids"]), [bool(a) for a in out["assistant_masks"]])

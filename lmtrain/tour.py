@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['CSS', 'STAGES', 'Story', 'picture', 'reading', 'seconds_per_step', 'batches', 'earlier', 'planning', 'beginning',
-           'glance', 'pretraining', 'curve', 'scoring', 'sample', 'known_words', 'longest_copy', 'writing', 'indented',
+__all__ = ['CSS', 'STAGES', 'Story', 'picture', 'reading', 'seconds_per_step', 'batches', 'earlier', 'planning', 'glance',
+           'pretraining', 'curve', 'scoring', 'sample', 'known_words', 'longest_copy', 'writing', 'indented',
            'comparing', 'mark', 'recipe_table', 'keeping', 'tour']
 
 # %% ../nbs/8_tour/03_tour.ipynb #imports-2
@@ -34,10 +34,10 @@ from .loader import Loader
 from .train import History, Trainer, native_bf16
 from .checkpoint import checkpoints, write
 from .generation import generate
-from .evaluate import bits_interval, bits_per_byte, ngram_bits
+from .evaluate import between, bits_per_byte, document_bits, ngram_bits
 from .views import compare, paint, paint_loss
 from .objectives.recipes import continues, evaluated, trained, recipes
-from .run import go_on
+from .run import go_on, rehearse
 from .settings import Scale, scale
 
 # %% ../nbs/8_tour/03_tour.ipynb #story-class
@@ -135,20 +135,14 @@ def planning(s: Story) -> None:
     s.facts |= {"steps": s.total, "seconds_per_step": round(pace, 4), "parameters": parameters,
                 "optimizer": s.optimizer.__name__, "bf16": s.bf16, "scale": asdict(c)}
     if not plan: write(s.out / "plan.json", json.dumps({**s.facts, "request": request}, indent=2) + "\n")
-    s.say(f"A model of {parameters / 1e6:.1f} million parameters; {pace * 1000:.0f} ms a step, so {s.total:,} steps "
-          f"({s.total * pace / 60:.1f} minutes), {s.total * c.rows * c.length / len(s.rows.tokens):.1f} times over the "
-          "text.")
+    s.say(f"A model of {parameters / 1e6:.1f} million parameters; {pace * 1000:.0f} ms a step, so {s.total:,} steps, "
+          f"about {s.total * pace / 60:.1f} minutes (the number of steps is kept, the minutes depend on the machine), "
+          f"{s.total * c.rows * c.length / len(s.rows.tokens):.1f} times over the text.")
 
 # %% ../nbs/8_tour/03_tour.ipynb #glance
-def beginning(held: Rows, rows: int) -> Rows:
-    "The first rows of a text, with the share of its bytes that falls to them."
-    few = Rows(held.tokens, held.cuts[:rows], held.nbytes)
-    return Rows(few.tokens, few.cuts, round(held.nbytes * few.loss_tokens.sum() / held.loss_tokens.sum()))
-
-
 def glance(held: Rows) -> Callable[[LM], dict[str, float]]:
-    "A quick look for a curve: bits per byte of the first rows of a text."
-    few = beginning(held, 32)
+    "A quick look for a curve: bits per byte of a few rows from all documents."
+    few = held.spread(32)
     return lambda model: {"bits": bits_per_byte(model, few)}
 
 # %% ../nbs/8_tour/03_tour.ipynb #pretraining
@@ -157,8 +151,12 @@ def pretraining(s: Story) -> None:
     s.before = sample(s)
     per = s.rows.nbytes / len(s.rows.tokens)
     trainer = Trainer(s.model, CLM(), batches(s), s.scale.lr, s.total, optimizer=s.optimizer, bf16=s.bf16)
+    rehearse(s.model, s.tok, s.out, glance(s.held))
     look, h = go_on(trainer, s.out, glance(s.held), s.say, 8, per), trainer.history
     s.facts["training_seconds"] = round(sum(h["seconds"]), 1)
+    took, planned = s.facts["training_seconds"] / 60, s.total * s.facts["seconds_per_step"] / 60
+    if abs(took / planned - 1) > 0.1: s.say(f"  Training took {took:.1f} minutes where {planned:.1f} were planned: the "
+                                            "machine was busier or idler than when its pace was measured.")
     s.facts["tokens_per_second"] = round(sum(h["tokens"]) / sum(h["seconds"]))
     s.show("Learning", f"<p>{s.total:,} steps of {s.scale.rows} rows in {s.facts['training_seconds']:.0f} seconds, "
            f"{s.facts['tokens_per_second']:,} tokens a second.</p>{picture(curve(h, look, per))}")
@@ -170,7 +168,7 @@ def curve(h: History, look: History, bytes_per_token: float):
     fig, ax = plt.subplots(figsize=(8, 3), layout="constrained")
     bits = [v / math.log(2) / bytes_per_token for v in h["loss"]]
     ax.plot(h["step"], bits, lw=0.8, alpha=0.6, label="training batch")
-    ax.plot(look["step"], look["bits"], "o-", ms=4, label="held-out text (first rows)")
+    ax.plot(look["step"], look["bits"], "o-", ms=4, label="held-out text (a few rows)")
     ax.set_xlabel("step"); ax.set_ylabel("bits per byte"); ax.legend(); ax.set_ylim(bottom=0)
     return fig
 
@@ -178,15 +176,17 @@ def curve(h: History, look: History, bytes_per_token: float):
 def scoring(s: Story) -> None:
     "Bits per byte of the held-out documents, beside xz and a 5-gram that read the same text."
     s.say("Scoring the held-out documents ...")
-    mean, low, high = bits_interval(s.model, s.held)
+    bits, sizes = document_bits(s.model, s.held)
+    mean, found = float(bits.sum() / sizes.sum()), between(bits, sizes)
     xz, five = xz_bits(s.train, s.validation), ngram_bits(s.train, s.validation)
-    s.facts |= {"bits_per_byte": round(mean, 4), "interval": [round(low, 4), round(high, 4)], "xz": round(xz, 4),
+    s.facts |= {"bits_per_byte": round(mean, 4), "interval": found, "xz": round(xz, 4),
                 "five_gram": round(five, 4)}
-    rows = [("this model", f"{mean:.3f}", f"{low:.3f} to {high:.3f}"), ("xz -9e, after the training text",
+    rows = [("this model", f"{mean:.3f}", found), ("xz -9e, after the training text",
             f"{xz:.3f}", ""), ("interpolated 5-gram of bytes", f"{five:.3f}", "")]
-    for name, value, between in rows: s.say(f"  {value} bits per byte  {name}" + (f" ({between})" if between else ""))
-    body = "".join(f"<tr><td>{n}<td>{v}<td>{b}" for n, v, b in rows)
-    s.show("Scores on text it has not seen", f"<table><tr><th><th>bits per byte<th>95 % interval{body}</table>")
+    for name, value, about in rows: s.say(f"  {value} bits per byte  {name}" + (f" ({about})" if about else ""))
+    body = "".join(f"<tr><td>{n}<td>{v}<td>{about}" for n, v, about in rows)
+    s.show("Scores on text it has not seen",
+           f"<table><tr><th><th>bits per byte<th>95 % interval over documents{body}</table>")
     b = CLM().corrupt(collate(s.held[1:2]), Noise())
     s.show("What each token costs", "<p>A row of held-out text. The darker a token, the more it surprised the model; "
            f"the small number is its cost in bits.</p>{paint_loss(s.model, b, s.tok, 1)}")
@@ -247,7 +247,7 @@ def comparing(s: Story) -> None:
     c, steps = s.scale, max(1, s.total // 4)
     size = Size(len(s.tok), c.dim, c.heads, layers=max(1, c.layers // 2), length=max(32, c.length // 2))
     rows, held = (examples(texts, s.tok, size.length) for texts in (s.train, s.validation))
-    opening, few = [s.tok.bos_token_id, *held[0].ids[1:9]], beginning(held, 64)
+    opening, few = [s.tok.bos_token_id, *held[0].ids[1:9]], held.spread(64)
     s.say(f"Four training objectives on the same text: models of {size.layers} layers, {steps:,} steps each ...")
     s.facts["recipes"], cells, known = {}, [], recipes(s.tok)
     for name, way in known.items():

@@ -8,9 +8,9 @@ import torch
 
 from lmtrain.batch import Example, collate
 from lmtrain.claims import of_arm, over_seeds, versus
-from lmtrain.evaluate import choose, encoded, exact_match, likelihood, minimal_pairs, pseudo_likelihood
+from lmtrain.evaluate import choose, encoded, exact_match, interval, likelihood, minimal_pairs, pseudo_likelihood
 from lmtrain.model import Size, Transformer, to_transformers
-from lmtrain.text import train_bpe
+from lmtrain.text import examples, train_bpe
 
 
 @pytest.fixture(scope="module")
@@ -122,3 +122,33 @@ def test_versus_pairs_by_seed():
     assert over_seeds([3.]) == (3., -np.inf, np.inf)
     for wrong in rows + rows[:1], []:
         with pytest.raises(ValueError, match="one 'bits' a seed"): of_arm(wrong, "a", "bits")
+
+
+# ---- the unit of an interval
+
+def test_coverage_of_the_interval():
+    """400 simulated corpora of 20 documents of unequal lengths that differ in difficulty: the interval over documents
+    holds the truth about as often as it says; the one over rows, the control, in far fewer cases."""
+    dice = np.random.default_rng(0)
+    held = np.zeros(2)
+    for k in range(400):
+        n = dice.integers(5, 40, 20)
+        bits = [2 + .1 * dice.normal() + .1 * dice.normal(size=m) for m in n]
+        for i, (x, size) in enumerate(((np.array([b.sum() for b in bits]), n), (np.concatenate(bits), None))):
+            _, low, high = interval(x, size, draws=300, seed=k)
+            held[i] += low <= 2 <= high
+    assert held[0] / 400 > .88 and held[1] / 400 < .65, held
+
+
+def test_few_documents_are_shown_one_by_one(tok, model, pages):
+    "Nine documents have no interval and are listed; ten have one, which is over documents."
+    from lmtrain.evaluate import between, bits_interval, document_bits, row_bits
+    rows = examples(pages[:10], tok, 64)
+    bits, sizes = document_bits(model, rows)
+    assert len(bits) == 10 and bits.sum() == pytest.approx(row_bits(model, rows).sum()) and sizes.sum() == pytest.approx(rows.nbytes)
+    assert bits_interval(model, rows) == pytest.approx(interval(bits, sizes)) and " to " in between(bits, sizes)
+    few = examples(pages[:9], tok, 64)
+    mean, low, high = bits_interval(model, few)
+    assert math.isnan(low) and math.isnan(high) and mean == pytest.approx(bits[:9].sum() / sizes[:9].sum(), rel=1e-5)
+    told = between(bits[:2], sizes[:2])
+    assert told == f"2 documents are too few for an interval: {bits[0] / sizes[0]:.3f}, {bits[1] / sizes[1]:.3f}"

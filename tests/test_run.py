@@ -101,7 +101,8 @@ def test_train_and_go_on(text, tmp_path):
     before = (tmp_path / "run" / "model" / "model.safetensors").read_bytes()
     train(job, tmp_path / "run", lines.append)
     assert (tmp_path / "run" / "model" / "model.safetensors").read_bytes() == before
-    with pytest.raises(ValueError, match="another steps"): train(Job(**{**asdict(job), "steps": 9}), tmp_path / "run")
+    with pytest.raises(ValueError, match="another rows"): train(Job(**{**asdict(job), "rows": 4}), tmp_path / "run")
+    assert train(Job(**{**asdict(job), "steps": 9}), tmp_path / "run", lines.append)["step"] == [*range(1, 10)]
     on = Job(data=text, model=str(tmp_path / "run" / "model"), steps=2, rows=2, length=32, lr=1e-3)
     assert train(on, tmp_path / "on", lines.append)["loss"][0] < h["loss"][0]
     with pytest.raises(ValueError, match="--length 32"):

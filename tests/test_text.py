@@ -1,19 +1,22 @@
 """Tokenizers, rows cut from documents, and chats: nothing is lost, nothing is asked twice."""
 import pickle
+import re
 from collections import Counter
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, strategies as st
+from transformers import PreTrainedTokenizerFast
 
-from lmtrain.batch import Noise, collate
+from lmtrain.batch import Example, Noise, collate
 from lmtrain.objective import CLM
-from lmtrain.text import (ROLES, SPECIALS, TEMPLATE, Rows, chat, cut, examples, load_tokenizer, train_bpe,
-                          train_chars)
+from lmtrain.text import (ROLES, SPECIALS, TEMPLATE, Rows, chat, cut, examples, load_tokenizer, regular_ids,
+                          train_bpe, train_chars)
 
 SPELLED = [*SPECIALS.values(), *ROLES]
-pieces = st.sampled_from([*SPELLED, "a", " ", "<|", "|>", "ü", "🎈", "<0x41>"])
-words = st.text() | st.lists(pieces).map("".join)
+spelt = st.sampled_from([*SPELLED, "a", " ", "<|", "|>", "ü", "🎈", "<0x41>"])
+words = st.text() | st.lists(spelt).map("".join)
 
 
 @pytest.fixture(scope="session", params=["bpe", "chars"])
@@ -136,9 +139,9 @@ def test_each_token_asked_once(any_tok, texts, data):
 def test_control_each_token_asked_once(tok, pages):
     "Rows that do not overlap lose a token at each cut; rows that ask their overlap too count it twice."
     rows = examples(pages[:3], tok, 16)
-    apart = Rows(rows.tokens, rows.cuts + [[1, 0, 0]] * (rows.cuts[:, [0]] > 0), 0)
+    apart = Rows(rows.tokens, rows.cuts + [[1, 0, 0]] * (rows.cuts[:, [0]] > 0), rows.sizes, rows.docs)
     twice = examples(pages[:3], tok, 16, 4)
-    twice = Rows(twice.tokens, np.minimum(twice.cuts, [10**9, 10**9, 1]), 0)
+    twice = Rows(twice.tokens, np.minimum(twice.cuts, [10**9, 10**9, 1]), twice.sizes, twice.docs)
     want = wanted(pages[:3], tok)
     assert asked(rows, 16) == want
     assert want - asked(apart, 16) and asked(twice, 16) - want
@@ -237,3 +240,88 @@ def test_chat_needs_marks(tok, monkeypatch):
     for template in None, "{% for m in messages %}{{ m['content'] }}{% endfor %}":
         monkeypatch.setattr(tok, "chat_template", template)
         with pytest.raises(ValueError, match="set tok.chat_template"): chat(messages([("user", "a")]), tok)
+
+
+# ---- what may be lost
+
+def test_parts_of_a_message_are_joined_and_others_refused(tok):
+    "A list of texts is their text; a picture, None, a number and a special token inside a part are one line each."
+    plain = [{"role": "user", "content": "What is this?"}, {"role": "assistant", "content": "A ship."}]
+    parts = [{"role": "user", "content": [{"type": "text", "text": "What is "}, {"type": "text", "text": "this?"}]}, plain[1]]
+    assert chat(parts, tok) == chat(plain, tok)
+    assert "[{" not in tok.decode(chat(parts, tok).ids)
+    for content, why in [([{"type": "image", "url": "x"}], "part of type 'image'"), (None, "NoneType and not text"), (3, "int and not text"),
+                         ([{"type": "text", "text": "<|eos|>"}], "spells the special token <|eos|>"), ([None], "NoneType")]:
+        with pytest.raises(ValueError, match=re.escape(why)): chat([{"role": "user", "content": content}, plain[1]], tok)
+    with pytest.raises(ValueError, match="no role None"): chat([{"content": "x"}], tok)
+    with pytest.raises(ValueError, match="needs a message"): chat([], tok)
+
+
+def word_level(words):
+    "A tokenizer of whole words: what it does not know is [UNK]."
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(["[UNK]", "[CLS]", "[SEP]", "[PAD]", "[MASK]", *words])}, unk_token="[UNK]"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=core, unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]", pad_token="[PAD]", mask_token="[MASK]")
+
+
+def test_what_a_tokenizer_loses_is_said(tok, pages, model, tmp_path):
+    "Unknown words and changed letters are named, and there are no bits per byte; a byte-level one loses nothing."
+    from lmtrain.evaluate import bits_per_byte
+    word_level(["the", "sea"]).save_pretrained(tmp_path)
+    lossy = load_tokenizer(tmp_path)
+    rows = examples(["the sea the cat the dog"], lossy, 16)
+    assert rows.lossy == "2 tokens are [UNK]: what they stood for is lost"
+    with pytest.raises(ValueError, match=r"no bits per byte here: 2 tokens are \[UNK\]"): bits_per_byte(model, rows)
+    assert "comes back as" in examples(["the sea  the"], lossy, 16).lossy  # two spaces
+    assert examples(pages[:9], tok, 64).lossy == "" and examples(["\x00 \u200b\ud7ff🙂  é e\u0301"], tok, 64).lossy == ""
+
+
+def test_cls_and_sep_are_the_ends(tmp_path):
+    "Where a tokenizer has CLS and SEP and no bos and eos, these are used and the vocabulary does not grow. GPT-2's keeps its own."
+    own = word_level(["the"]); own.save_pretrained(tmp_path)
+    tok = load_tokenizer(tmp_path)
+    assert (tok.bos_token, tok.eos_token) == ("[CLS]", "[SEP]") and len(tok) == len(own)
+    assert examples(["the the"], tok, 8)[0].ids == [1, 5, 5, 2]
+
+
+def test_regular_ids_around_a_special_token_in_the_middle():
+    "Half a vocabulary is not lost: all that is not special, sorted; and MLM hides and draws from all of it."
+    from lmtrain.batch import Noise, collate
+    from lmtrain.objectives.masked import MLM
+    middle = word_level([f"w{i}" for i in range(200)])
+    middle.add_special_tokens({"additional_special_tokens": ["w100"]})
+    found = regular_ids(middle)
+    assert found.tolist() == sorted({*range(len(middle))} - {*middle.all_special_ids}) and len(found) == 199
+    o = MLM(middle.mask_token_id, found, rate=.9, keep=0., swap=1.)
+    b = collate([Example([i % 205 for i in range(60 * n, 60 * n + 60)], index=n) for n in range(300)])
+    q = o.corrupt(b, Noise())
+    hidden, special = q.weights > 0, torch.isin(b.ids, torch.tensor(middle.all_special_ids))
+    assert not (hidden & special).any() and {*b.ids[hidden].tolist()} == {*found.tolist()} == {*q.ids[hidden].tolist()}
+    alike = MLM(middle.mask_token_id, range(5, 105), rate=.9, keep=0., swap=1.)
+    assert torch.equal(MLM(middle.mask_token_id, torch.arange(5, 105), rate=.9, keep=0., swap=1.).corrupt(b, Noise()).ids, alike.corrupt(b, Noise()).ids)
+    with pytest.raises(ValueError, match="without mask_id"): MLM(7, torch.arange(5, 9))
+
+
+def test_endless_words_do_not_stop_the_training_of_a_tokenizer():
+    "Two words of 300,000 letters are learnt from in pieces, lossless as ever. Control: short words are left whole."
+    from lmtrain.text import pieces
+    long = ["ab" * 150_000, "ba" * 150_000]
+    cut = [p for t in long for p in pieces(t)]
+    assert "".join(cut) == "".join(long) and max(map(len, cut)) == 1000
+    tok = train_bpe([*long, "to be or not to be"], 300)
+    assert tok.decode(tok(long[0][:5000], add_special_tokens=False)["input_ids"]) == long[0][:5000]
+    text = "a text of words " * 500
+    assert pieces(text) == [text] and "".join(pieces("x" * 1000)) == "x" * 1000
+
+
+def test_rows_know_their_documents(tok, pages):
+    "Each row's bytes add up to its document's; rows spread evenly come from all documents of their size, the first do not."
+    texts = pages[:12]
+    rows = examples(texts, tok, 32)
+    for n, t in enumerate(texts): assert rows.sizes[rows.docs == n].sum() == pytest.approx(len(t.encode()))
+    some = rows.spread(40)
+    large = {d for d in range(12) if (rows.docs == d).sum() > len(rows) / 39}
+    assert len(some) == 40 and len(large) > 5 and large <= {*some.docs} and not large <= {*rows.docs[:40]}
+    assert some[3].ids == rows[int(np.unique(np.linspace(0, len(rows) - 1, 40).round().astype(int))[3])].ids
+    assert len(rows.spread(10**6)) == len(rows)

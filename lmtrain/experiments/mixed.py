@@ -28,7 +28,7 @@ from ..objective import CLM, Objective
 from ..objectives.masked import MLM
 from ..objectives.mixed import Curriculum, Mix, by_gradient
 from ..optim import muon
-from ..text import Rows, examples, regular_ids, train_bpe
+from ..text import Ids, Rows, examples, regular_ids, train_bpe
 from ..loader import Loader
 from ..train import Trainer, native_bf16
 
@@ -97,7 +97,7 @@ EPOCHS, EPOCH, LR = 4, 60, 0.004  # epochs of 60 steps of 16 rows of 128 tokens
 SHARES = {"masked": 0.0, "1/16": 1 / 16, "1/4": 1 / 4, "1/2": 1 / 2, "causal": 1.0}
 
 
-def arms(mask: int, some: range) -> dict[str, Objective]:
+def arms(mask: int, some: Ids) -> dict[str, Objective]:
     "The pure objectives, three mixtures, turns and two phases; each part counts by its share of the rows."
     parts: dict[str, Objective] = {"clm": CLM(), "mntp": MLM(mask, some, shifted=True)}
     mixed = {n: Mix((s, 1 - s), by_gradient, **parts) for n, s in SHARES.items()}

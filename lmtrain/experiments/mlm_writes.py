@@ -29,7 +29,7 @@ from ..objectives.diffusion import Diffusion
 from ..objectives.masked import MLM
 from ..objectives.samplers import denoise, most_confident, max_prob
 from ..optim import muon
-from ..text import examples, regular_ids, train_bpe
+from ..text import Ids, examples, regular_ids, train_bpe
 from ..loader import Loader
 from ..train import Trainer, native_bf16
 
@@ -95,7 +95,7 @@ def learnt(objective: Objective, rows, steps: int, seed: int, vocab: int) -> Tra
     return model.eval()
 
 
-def arms(mask: int, some: range) -> dict[str, tuple[Objective, float]]:
+def arms(mask: int, some: Ids) -> dict[str, tuple[Objective, float]]:
     "The writers, and how often each takes the common number of steps."
     masked = {f"masked {r:g}".replace("0.", "."): MLM(mask, some, r) for r in (0.15, 0.3, 0.6)}
     return {"causal": (CLM(), 1), **{n: (o, 1) for n, o in masked.items()}, LONGER: (masked["masked .3"], 1 / 0.3),

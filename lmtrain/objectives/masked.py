@@ -23,15 +23,16 @@ from transformers import PreTrainedTokenizerFast
 
 # %% ../../nbs/1_objectives/01_masked.ipynb #imports-4
 from ..batch import Batch, Example, Noise, starts
+from ..text import Ids, among, nth
 from ..model import LM, Cache
 from ..objective import Objective, hide, shift
 
 # %% ../../nbs/1_objectives/01_masked.ipynb #candidates
-def candidates(b: Batch, regular_ids: range, shifted: bool = False) -> Tensor:
+def candidates(b: Batch, regular_ids: Ids, shifted: bool = False) -> Tensor:
     "Tokens that may be hidden: answerable, no padding, no specials; if `shifted`, not a document's first. (B,T) bool."
     ok = b.answer & (b.doc > 0)                                                        # (B,T)
     if "special" in b.extra: ok = ok & ~b.extra["special"].bool()                      # (B,T)
-    else: ok = ok & (b.clean >= regular_ids.start) & (b.clean < regular_ids.stop)      # (B,T)
+    else: ok = ok & among(b.clean, regular_ids)                                        # (B,T)
     return ok & (b.doc_pos > 0) if shifted else ok
 
 # %% ../../nbs/1_objectives/01_masked.ipynb #chosen
@@ -43,9 +44,9 @@ def chosen(b: Batch, u: Tensor, ok: Tensor, rate: float) -> Tensor:
     return ok & ((u < rate) | (u == least))
 
 # %% ../../nbs/1_objectives/01_masked.ipynb #disguise
-def bert_corrupt(b: Batch, hit: Tensor, first: Tensor, noise: Noise, mask_id: int, regular_ids: range,
-             keep: float = 0.1, swap: float = 0.1) -> Batch:
-    """Ask for the tokens `hit` (B,T), which are read as they are, as a random one, or as the mask.
+def bert_corrupt(b: Batch, hit: Tensor, first: Tensor, noise: Noise, mask_id: int, regular_ids: Ids,
+                 keep: float = 0.1, swap: float = 0.1) -> Batch:
+    """The tokens `hit` (B,T) are the labels; they are read as they are, as a random one, or as the mask.
 
     `first` (B,T) is the column where each token's unit begins: the unit's number decides for all of it. Numbers are
     drawn for the hidden tokens only, which are few.
@@ -53,7 +54,7 @@ def bert_corrupt(b: Batch, hit: Tensor, first: Tensor, noise: Noise, mask_id: in
     at, pos = hit.flatten().nonzero()[:, 0], b.doc_pos                               # (n,) (B,T)
     index, own, lead = (c.flatten()[at] for c in (b.index, pos, pos.gather(1, first)))  # (n,) each
     fate, old = noise.at(index, lead, 1), b.ids.flatten()[at]                          # (n,) (n,)
-    other = regular_ids.start + (noise.at(index, own, 2) * len(regular_ids)).long()    # (n,)
+    other = nth(regular_ids, noise.at(index, own, 2))                                  # (n,)
     reads = torch.where(fate < keep, old, torch.where(fate < keep + swap, other, mask_id))  # (n,)
     return hide(b, hit, mask_id).set(ids=b.ids.flatten().index_put((at,), reads).view_as(b.ids))
 
@@ -115,8 +116,8 @@ def _check(o: MLM) -> None:
     rate = o.rate(0) if callable(o.rate) else o.rate
     for name, share in {"rate": rate, "keep": o.keep, "swap": o.swap, "keep + swap": o.keep + o.swap}.items():
         if not 0 <= share <= 1: raise ValueError(f"{o.name}: {name}={share} must be a share, from 0 to 1")
-    if not o.regular_ids or o.regular_ids.step != 1 or o.mask_id in o.regular_ids:
-        raise ValueError(f"{o.name}: regular_ids={o.regular_ids} must be a range of ids, without mask_id={o.mask_id}")
+    if not len(o.regular_ids) or getattr(o.regular_ids, "step", 1) != 1 or o.mask_id in o.regular_ids:
+        raise ValueError(f"{o.name}: regular_ids={o.regular_ids} must be token numbers, without mask_id={o.mask_id}")
 
 # %% ../../nbs/1_objectives/01_masked.ipynb #mlm
 @dataclass
@@ -128,7 +129,7 @@ class MLM(Objective):
     before says it. Raises ValueError for shares that are no shares, or where `words` finds no column.
     """
     mask_id: int
-    regular_ids: range
+    regular_ids: Ids
     rate: float | Callable[[int], float] = 0.3  # or a function of the epoch
     keep: float = 0.1
     swap: float = 0.1
