@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import io
 import os
 import sys
 from typing import Annotated, Optional
@@ -205,6 +206,8 @@ def _explained(e: BaseException) -> str:
 def main() -> None:
     "Run a command; 0 is fine, 1 an error, 2 a wrong command line, 130 stopped by Ctrl-C."
     debug, words = "--debug" in sys.argv[1:], [w for w in sys.argv[1:] if w != "--debug"]
+    for stream in (sys.stdout, sys.stderr):  # a letter that a terminal has not is a question mark there, and no error
+        if isinstance(stream, io.TextIOWrapper): stream.reconfigure(errors="replace")
     try:
         code = app(words, prog_name="lmtrain", standalone_mode=False) or 0
         if code == 130: print("\nlmtrain: stopped", file=sys.stderr)

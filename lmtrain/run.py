@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import nn
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, logging
 
 # %% ../nbs/8_tour/02_run.ipynb #imports-4
 from .text import Rows, examples, load_tokenizer, regular_ids, train_bpe
@@ -101,6 +101,7 @@ def longer(model: LM, vocab: int) -> LM:
 def opened(path: str, length: int = 0) -> tuple[LM, PreTrainedTokenizerFast]:
     "The model and tokenizer in a folder, or of a name on the hub. Raises OSError or ValueError if it cannot be used."
     model: LM
+    logging.disable_progress_bar()                         # of the weights that are read
     if not Path(path).exists() and (path.count("/") != 1 or path.startswith(".")):
         raise OSError(f"no model at {path!r}: give a folder, owner/name on the hub, or Size(...)")
     try: model, tok = load(path)                           # what the native model computes as well

@@ -221,8 +221,9 @@ def content(message: Mapping[str, Any], special: Sequence[str]) -> str:
         if isinstance(part, str): return part
         if isinstance(part, dict):
             if part.get("type", "text") == "text" and isinstance(part.get("text"), str): return part["text"]
-            raise ValueError(f"a {role} message has a part of type {part.get('type')!r}, which is not text: leave it out")
-        raise ValueError(f"a {role} message holds a {type(part).__name__} and not text: leave it out, or write it as text")
+            raise ValueError(f"a {role} message has a part of type {part.get('type')!r}, not text: leave it out")
+        raise ValueError(f"a {role} message holds a {type(part).__name__} and not text: write it as text, or leave "
+                         "it out")
     text = "".join(text_of(p) for p in (whole if isinstance(whole, list) else [whole]))
     if wrong := [s for s in special if s in text]:
         raise ValueError(f"a {role} message spells the special token {wrong[0]}: remove it or escape it")

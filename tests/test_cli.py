@@ -151,6 +151,7 @@ def test_generate_and_evaluate(lmtrain_, tmp_path):
     assert code == 0 and f"{json.loads((tmp_path / 'tour' / 'facts.json').read_text())['bits_per_byte']:.3f} bits" in out
     for words, message in {("generate", "nothing"): "no model at 'nothing'", ("generate", "tour/model", "--tokens", "0"): "more than 0",
                            ("generate", "tour/model", "--prompt", "sea " * 900): "shorten it",
+                           ("generate", "tour/model", "--seed", "-1"): "seed must be from 0", ("generate", "dir/typo"): "no folder here",
                            ("evaluate", "tour/model", "--data", "empty.txt"): "is empty"}.items():
         code, _, err = lmtrain_(*words)
         assert code == 1 and message in err and err.count("\n") == 1
@@ -170,3 +171,36 @@ def test_settings(tmp_path, monkeypatch):
     broken.write_text(text.replace("layers = 4", "layers = four"))
     with pytest.raises(ValueError, match="four is not a number"): settings.scale("laptop")
     with pytest.raises(FileNotFoundError, match="install it again"): found("no such file")
+
+
+def test_models_of_others_are_scored_and_said_to_be_silent(lmtrain_, tmp_path):
+    "A GPT-2 that `train` wrote: `evaluate` scores it, `generate` says in one line that it cannot write with it yet, and BERT that it never will."
+    from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel
+    from lmtrain.text import train_bpe
+    texts = [f"the sea was calm on day {i} and the ship, number {i * i}, was old" for i in range(60)]
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    tok = train_bpe(texts, 300)
+    for name, net in {"gpt2": GPT2LMHeadModel(GPT2Config(vocab_size=300, n_embd=16, n_layer=1, n_head=2, n_positions=64, bos_token_id=1, eos_token_id=2)),
+                      "bert": BertForMaskedLM(BertConfig(vocab_size=300, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
+                                                         max_position_embeddings=64))}.items():
+        net.save_pretrained(tmp_path / name); tok.save_pretrained(tmp_path / name)
+    code, _, err = lmtrain_("train", "--model", "gpt2", "--data", "t.jsonl", "--steps", "2", "--rows", "2", "--length", "32", "--out", "run")
+    assert code == 0, err
+    code, out, err = lmtrain_("evaluate", "run/model", "--data", "t.jsonl")
+    assert code == 0 and " bits per byte (" in out, err
+    for folder, says in {"run/model": "a GPT2LMHeadModel: lmtrain generate writes with models", "bert": "cannot write left to right"}.items():
+        code, _, err = lmtrain_("generate", folder)
+        assert code == 1 and says in err and err.count("\n") == 1
+    code, _, err = lmtrain_("evaluate", "bert", "--data", "t.jsonl")
+    assert code == 1 and "both sides in view" in err
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_terminals_with_few_letters(tmp_path, encoding):
+    "What a terminal has no letter for is a question mark there. Control: without the command's own care it is an error."
+    code = "import sys; from lmtrain import cli; cli.app = lambda *a, **k: print('Όμηρος ▒ naïve'); sys.argv = ['lmtrain']; cli.main()"
+    env = {**os.environ, "PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, timeout=60)
+    assert done.returncode == 0 and b"??" in done.stdout, done.stderr
+    bare = subprocess.run([sys.executable, "-c", "print('Όμηρος ▒')"], env=env, capture_output=True, timeout=60)
+    assert bare.returncode != 0 and b"UnicodeEncodeError" in bare.stderr

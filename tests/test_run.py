@@ -190,9 +190,88 @@ def test_faults_are_one_line(text, tmp_path):
     "Each fault of the command line is one line that names it."
     for words, says in ((["--objective", "Nothing"], "there is no Nothing"), (["--objective", "PrefixLM(cut=2)"], "cut=2"),
                         (["--model", "nowhere"], "nowhere"), (["--model", "Size(dim=15)"], "dim=15"), (["--steps", "0"], "steps"),
-                        (["--data", "nothing-such"], "nothing-such")):
+                        (["--data", "nothing-such"], "nothing-such"), (["--seed", "-1"], "seed must be from 0"),
+                        (["--model", "dir/typo"], "'dir/typo' is no folder here"), (["--model", "./typo"], "no model at './typo'"),
+                        (["--objective", "MLM(words=True)"], "needs a column `word`")):
         data = [] if "--data" in words else ["--data", text]
         out = call([*SMALL[:4], "--steps", "2", *data, *words, "--out", "x"], tmp_path, code=1)
         named = [line for line in out.splitlines() if "lmtrain: " in line]
         assert len(named) == 1 and says in named[0] and "Traceback" not in out, out
         shutil.rmtree(tmp_path / "x", ignore_errors=True)
+
+
+# ---- nothing is lost, nothing is kept too early
+
+def test_a_typo_leaves_nothing_behind(text, tmp_path):
+    "A job that was not possible is not kept, nor is its tokenizer used: corrected, it runs, with a tokenizer of its own text."
+    out, small = tmp_path / "run", "Size(dim=16, heads=2, layers=1)"
+    (tmp_path / "other.jsonl").write_text("".join(json.dumps({"text": f"{n} zebras gallop quizzically {n * n}"}) + "\n" for n in range(40)))
+    for wrong in ({"objective": "Nothing"}, {"objective": "PrefixLM(cut=2)"}, {"model": "nowhere"}):
+        with pytest.raises((ValueError, OSError)):
+            train(Job(**{"model": small, "data": str(tmp_path / "other.jsonl"), "steps": 2, "rows": 2, "length": 32} | wrong), out, print)
+        assert not (out / "job.json").exists() and not (out / "checkpoints").exists()
+    train(Job(model=small, data=text, steps=2, rows=2, length=32), out, print)
+    assert "zebras" not in (out / "tokenizer" / "tokenizer.json").read_text()
+    assert (out / "model" / "tokenizer.json").read_text() == (out / "tokenizer" / "tokenizer.json").read_text()
+
+
+def test_a_job_is_whole_whenever_it_is_read(tmp_path):
+    "Kept again and again while another thread reads it: never half of it. A damaged one is one line."
+    import threading
+    job, seen, stop = Job(steps=7), [], threading.Event()
+    job.keep(tmp_path)
+    def reading():
+        while not stop.is_set(): job.check(tmp_path); seen.append(json.loads((tmp_path / "job.json").read_text()) == asdict(job))
+    reader = threading.Thread(target=reading); reader.start()
+    for _ in range(300): job.keep(tmp_path)
+    stop.set(); reader.join()
+    assert len(seen) > 20 and all(seen)
+    (tmp_path / "job.json").write_text("{")
+    with pytest.raises(ValueError, match="job.json is damaged"): job.check(tmp_path)
+
+
+def test_the_end_is_rehearsed_before_the_first_step(text, tmp_path, monkeypatch):
+    "A model that cannot be saved is found out before it is trained, and nothing stays in the folder but its tokenizer."
+    import lmtrain.run
+    def full(*_): raise OSError("no room for a model")
+    monkeypatch.setattr(lmtrain.run, "save", full)
+    with pytest.raises(OSError, match="no room"): train(Job(data=text, model="Size(dim=16, heads=2, layers=1)", steps=3, rows=2, length=32), tmp_path / "run", print)
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {"tokenizer"}
+
+
+def test_a_model_that_ends_in_nan_is_not_saved(text, tmp_path, monkeypatch):
+    "Neither weights nor a held-out loss that are not finite end in a model, and the one before stays."
+    import lmtrain.run
+    job = Job(data=text, model="Size(dim=16, heads=2, layers=1)", steps=3, rows=2, length=32)
+    train(job, tmp_path / "run", lambda _: None)
+    path = tmp_path / "run" / "model" / "model.safetensors"
+    before = path.read_bytes()
+    fine = lmtrain.run.held_loss
+    monkeypatch.setattr(lmtrain.run, "held_loss", lambda *a: fine(*a) if len(a[2]) == 1 else {"clm": float("nan")})
+    with pytest.raises(FloatingPointError, match="held-out loss is nan"): train(Job(**{**asdict(job), "steps": 4}), tmp_path / "run", lambda _: None)
+    monkeypatch.setattr(lmtrain.run, "held_loss", fine)
+    def spoilt(trainer, *_, **__):
+        with torch.no_grad(): next(trainer.model.parameters())[0, 0] = float("nan")
+    monkeypatch.setattr(lmtrain.run, "go_on", spoilt)
+    with pytest.raises(FloatingPointError, match="embed_tokens.weight is not finite"): train(Job(**{**asdict(job), "steps": 5}), tmp_path / "run", lambda _: None)
+    assert path.read_bytes() == before
+
+
+def test_knobs_of_sampling_that_are_not_used(text, tmp_path):
+    "A hub model with a temperature and do_sample=false trains and is saved; transformers itself, the control, refuses to."
+    tok = train_bpe(TEXT[:3], vocab_size=300)
+    net = GPT2LMHeadModel(GPT2Config(vocab_size=len(tok), n_embd=16, n_layer=1, n_head=2, n_positions=32, bos_token_id=1, eos_token_id=2))
+    net.save_pretrained(tmp_path / "gpt2"); tok.save_pretrained(tmp_path / "gpt2")
+    path = tmp_path / "gpt2" / "generation_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "do_sample": False, "temperature": .6, "top_p": .9}))
+    with pytest.raises(ValueError, match="do_sample"): AutoModelForCausalLM.from_pretrained(tmp_path / "gpt2").generation_config.save_pretrained(tmp_path / "theirs")
+    train(Job(model=str(tmp_path / "gpt2"), data=text, steps=1, rows=2, length=32, lr=1e-3), tmp_path / "run", print)
+    AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model").save_pretrained(tmp_path / "again")
+
+
+def test_two_models_are_saved_one_by_one(tmp_path):
+    from lmtrain.model import save
+    from lmtrain.objectives.masked import Electra
+    pair = Electra(*(Transformer(Size(300, 16, 2, layers=1)) for _ in range(2)))
+    with pytest.raises(TypeError, match="an? Electra has no directory of its own: save the model inside it"): save(pair, train_bpe(TEXT[:3], 300), tmp_path / "m")
+    assert not list(tmp_path.glob("m*"))
