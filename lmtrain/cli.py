@@ -37,6 +37,7 @@ def tour(data: Annotated[str, typer.Option(help="A name of `lmtrain data list`, 
          minutes: Annotated[Optional[float], typer.Option(help="How long to train; by default 3.")] = None,
          steps: Annotated[Optional[int], typer.Option(help="How many steps to train, instead of minutes.")] = None,
          column: Annotated[str, typer.Option(help="Which column of the data is the text.")] = "text",
+         lines: Annotated[bool, typer.Option("--lines", help="Each line of a text file is a document.")] = False,
          out: Annotated[str, typer.Option(help="Where the report, the samples and the model go.")] = "tour",
          scale: Annotated[Optional[str], typer.Option(help="Sizes: laptop, classroom or gpu.")] = None,
          ) -> None:
@@ -46,7 +47,7 @@ def tour(data: Annotated[str, typer.Option(help="A name of `lmtrain data list`, 
     wanted = sizes(scale)
     print("Starting ...", flush=True)
     from .tour import tour as run
-    run(data, minutes, steps, out, sizes=wanted, column=column)
+    run(data, minutes, steps, out, sizes=wanted, column=column, lines=lines)
 
 
 @app.command()
@@ -59,6 +60,7 @@ def train(data: Annotated[str, typer.Option(help="A name of `lmtrain data list`,
           steps: Annotated[int, typer.Option(help="How many steps to train.")] = 1000,
           out: Annotated[str, typer.Option(help="Where checkpoints, histories and the model go.")] = "run",
           column: Annotated[str, typer.Option(help="Which column of the data is the text.")] = "text",
+          lines: Annotated[bool, typer.Option("--lines", help="Each line of a text file is a document.")] = False,
           rows: Annotated[int, typer.Option(help="Rows of a batch, on each process.")] = 0,
           length: Annotated[int, typer.Option(help="Tokens of a row.")] = 0,
           window: Annotated[int, typer.Option(help="Batches of a step.")] = 1,
@@ -68,7 +70,7 @@ def train(data: Annotated[str, typer.Option(help="A name of `lmtrain data list`,
     _quick_on_cpu()
     sys.path.insert(0, "")  # an objective of one's own lies in the folder one is in
     from .run import Job, train as run
-    run(Job(objective, model, data, column, steps, rows, length, window, lr, seed), out)
+    run(Job(objective, model, data, column, lines, steps, rows, length, window, lr, seed), out)
 
 
 @app.command()
@@ -123,7 +125,8 @@ def generate(model: Annotated[str, typer.Argument(help="A folder with a model, s
 @app.command()
 def evaluate(model: Annotated[str, typer.Argument(help="A folder with a model, such as tour/model.")],
              data: Annotated[str, typer.Option(help="Whose held-out documents to score.")] = "shakespeare",
-             column: Annotated[str, typer.Option(help="Which column of the data is the text.")] = "text") -> None:
+             column: Annotated[str, typer.Option(help="Which column of the data is the text.")] = "text",
+             lines: Annotated[bool, typer.Option("--lines", help="Each line of a text file is a document.")] = False) -> None:
     "Score a saved model on held-out documents, in bits per byte."
     _quick_on_cpu()
     from .corpora import corpus
@@ -131,7 +134,7 @@ def evaluate(model: Annotated[str, typer.Argument(help="A folder with a model, s
     from .run import opened, roomy
     from .text import examples
     lm, tok = opened(model)
-    rows = examples(corpus(data, column)["validation"]["text"][:], tok, min(roomy(lm), 1024))
+    rows = examples(corpus(data, column, lines=lines)["validation"]["text"][:], tok, min(roomy(lm), 1024))
     bits, sizes = document_bits(lm, rows)
     print(f"{bits.sum() / sizes.sum():.3f} bits per byte ({between(bits, sizes)}) on {rows.nbytes:,} bytes of {data}")
 
@@ -158,18 +161,19 @@ def data_list() -> None:
     for name, c in catalogue().iterrows():
         size = f"{c.megabytes:.1f} MB" if c.megabytes else "no download"
         print(f"{name:<12} {size:>11}  {c.about}\n{'':<26}licence: {c.licence}")
-    print("A path to txt, jsonl, csv or parquet works as well, and owner/name on the hub.")
+    print("A path to txt, jsonl, csv, tsv or parquet, also .gz, works as well, and owner/name on the hub.")
 
 
 @data_app.command("get")
 def data_get(name: Annotated[str, typer.Argument(help="A name of `lmtrain data list`, a path, or owner/name.")],
-             column: Annotated[str, typer.Option(help="Which column of the data is the text.")] = "text") -> None:
+             column: Annotated[str, typer.Option(help="Which column of the data is the text.")] = "text",
+             lines: Annotated[bool, typer.Option("--lines", help="Each line of a text file is a document.")] = False) -> None:
     "Fetch a corpus, check it, and say what is in it."
     from .corpora import catalogue, corpus
     from .settings import cache_dir
     known = catalogue()
     if name in known.index: print(f"{known.loc[name].about}\nlicence: {known.loc[name].licence}", flush=True)
-    for split, rows in corpus(name, column).items():
+    for split, rows in corpus(name, column, lines=lines).items():
         print(f"{split:<10} {len(rows):>7,} documents, {sum(len(t.encode()) for t in rows['text'][:]) / 1e6:.2f} MB")
     if name in known.index: print(f"kept in {cache_dir()}")
 

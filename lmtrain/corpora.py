@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['PACKAGES', 'xz_bits', 'shingles', 'near_duplicates', 'coin', 'held_out', 'docstrings', 'harvest', 'cached',
-           'python_docs', 'catalogue', 'fetch', 'lines', 'dig', 'read_wheel', 'from_catalogue', 'find', 'corpus', 'Api',
+__all__ = ['PACKAGES', 'xz_bits', 'shingles', 'joined', 'near_duplicates', 'coin', 'held_out', 'docstrings', 'harvest', 'cached',
+           'python_docs', 'catalogue', 'fetch', 'lines', 'read_wheel', 'from_catalogue', 'find', 'corpus', 'Api',
            'public', 'signature', 'apis', 'Links', 'mentions', 'link_graph']
 
 # %% ../nbs/0_core/04_corpora.ipynb #imports-2
@@ -20,14 +20,15 @@ from fnmatch import fnmatch
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 # %% ../nbs/0_core/04_corpora.ipynb #imports-3
 import numpy as np
 import pandas as pd
-from datasets import Dataset, DatasetDict, IterableDatasetDict, disable_progress_bars
+from datasets import Dataset, DatasetDict, IterableDatasetDict, concatenate_datasets, disable_progress_bars
 
 # %% ../nbs/0_core/04_corpora.ipynb #imports-4
-from .files import KINDS, from_hub, own
+from .files import dig, from_hub, kind_of, own, tidied
 from .settings import cache_dir, data_file
 
 # %% ../nbs/0_core/04_corpora.ipynb #xz
@@ -50,21 +51,35 @@ def shingles(text: str, n: int, numbers: dict[str, int]) -> np.ndarray:
     for i in range(n): runs = runs * np.uint64(0x9E3779B97F4A7C15) + words[i:len(words) - n + 1 + i] + np.uint64(1)
     return np.unique(runs)
 
-
-def near_duplicates(texts: Sequence[str], n: int = 13) -> list[int]:
-    "For each text the number of the first text of its group; texts sharing a run of `n` words are in one group."
-    numbers: dict[str, int] = {}
-    runs = [shingles(t, n, numbers) for t in texts]
-    keys, docs = np.concatenate(runs), np.repeat(np.arange(len(texts)), [len(r) for r in runs])
-    order = np.lexsort((docs, keys)); keys, docs = keys[order], docs[order]
-    same = keys[1:] == keys[:-1]
-    group = list(range(len(texts)))
+# %% ../nbs/0_core/04_corpora.ipynb #shared-runs
+def joined(n: int, pairs: Iterable[tuple[int, int]]) -> list[int]:
+    "For each of `n` things the first of those that pairs join it to, directly or through others."
+    group = list(range(n))
     def first(i: int) -> int:
         while group[i] != i: group[i] = group[group[i]]; i = group[i]
         return i
-    for a, b in np.unique(np.stack([docs[:-1][same], docs[1:][same]], 1), axis=0).tolist():
+    for a, b in pairs:
         a, b = sorted((first(a), first(b))); group[b] = a
-    return [first(i) for i in range(len(texts))]
+    return [first(i) for i in range(n)]
+
+
+def near_duplicates(texts: Sequence[str], n: int = 13) -> list[int]:
+    """For each text the number of the first text of its group; texts sharing a run of `n` words are in one group.
+
+    A run that more than half of the texts share (a template, a licence) says nothing about two of them, unless it and
+    its like are four fifths of a text.
+    """
+    numbers: dict[str, int] = {}
+    runs = [shingles(t, n, numbers) for t in texts]
+    keys, docs = np.concatenate(runs), np.repeat(np.arange(len(texts)), [len(r) for r in runs])
+    _, which, count = np.unique(keys, return_inverse=True, return_counts=True)
+    common = count[which] > max(3, len(texts) / 2)                                     # (runs,)
+    share = np.bincount(docs, common, len(texts)) / np.bincount(docs, minlength=len(texts))  # (texts,)
+    told = ~common | (share[docs] >= 0.8)                                              # (runs,)
+    keys, docs = keys[told], docs[told]
+    order = np.lexsort((docs, keys)); keys, docs = keys[order], docs[order]
+    same = keys[1:] == keys[:-1]
+    return joined(len(texts), np.unique(np.stack([docs[:-1][same], docs[1:][same]], 1), axis=0).tolist())
 
 # %% ../nbs/0_core/04_corpora.ipynb #held-out
 def coin(text: str) -> float:
@@ -182,12 +197,6 @@ def fetch(entry: pd.Series) -> Path:
 def lines(text: str) -> list[str]: return [s for s in text.split("\n") if s.strip()]
 
 
-def dig(row, path: str) -> str:
-    "The value at a path such as `input.1.content`."
-    for key in path.split("."): row = row[int(key) if key.isdigit() else key]
-    return row
-
-
 def read_wheel(path: Path, entry: pd.Series) -> Iterator[str]:
     "The documents of a catalogue entry, each once: a file each, or a field of each line of JSON."
     known = set()
@@ -206,40 +215,33 @@ def from_catalogue(name: str) -> Dataset:
     return Dataset.from_list(list(rows))
 
 
-def find(source: str, streaming: bool):
-    "The data of a catalogue name, a path or a hub name, as a dict of splits."
+def find(source: str, column: str, streaming: bool, lines: bool) -> dict[str, Any]:
+    "The documents of a catalogue name, a path or a hub name, as a dict of splits."
     if source in catalogue().index:
-        data = from_catalogue(source)
+        data = tidied(from_catalogue(source), column, source)
         return {"train": data.to_iterable_dataset() if streaming else data}
-    if Path(source).exists(): return own(Path(source), streaming)
-    if source.count("/") == 1 and Path(source).suffix not in KINDS and not source.startswith("."):
-        return from_hub(source, streaming)
+    if Path(source).exists(): return own(Path(source), column, streaming, lines)
+    if source.count("/") == 1 and not kind_of(Path(source)) and not source.startswith("."):
+        return {n: tidied(d, column, source) for n, d in from_hub(source, streaming).items()}
     raise FileNotFoundError(f"no corpus called {source!r}: it is not a file here, and the catalogue has "
                             f"{', '.join(catalogue().index)}; a name on the hub has the form owner/name")
 
 # %% ../nbs/0_core/04_corpora.ipynb #corpus-main
-def corpus(name_or_path: str | Path, column: str = "text", streaming: bool = False
+def corpus(name_or_path: str | Path, column: str = "text", streaming: bool = False, lines: bool = False
            ) -> DatasetDict | IterableDatasetDict:
     """Documents as splits `train` and `validation` with columns `text` and `title`.
 
-    A name of the catalogue, a path to txt, jsonl, csv or parquet, or `owner/name` on the hub, whose `column` is
-    the text. Documents are held out by hash, near-duplicates together (streams: by hash only).
+    A name of the catalogue, a path to files or a folder, or `owner/name` on the hub; `column` (`text`, or a path such
+    as `doc.text`) is the text; `lines`: each line of a text file is a document. Splits that exist are kept. Else
+    documents are held out by hash, near-duplicates together (streams: by hash only).
     Raises OSError if it cannot be found or fetched, ValueError if it cannot be read.
     """
     disable_progress_bars()
-    data = find(str(name_or_path), streaming)
-    train = data["train"] if "train" in data else next(iter(data.values()))
-    columns = train.column_names or list(next(iter(train.take(1)), {}))
-    if column not in columns:
-        raise ValueError(f"{name_or_path} has no column {column!r}; it has {', '.join(columns)}")
-    def shape(row):
-        return {"title": str(row.get("title") or row[column].strip()[:80].split("\n")[0]), "text": row[column]}
-    tidy = lambda d: d.filter(lambda r: bool((r[column] or "").strip()))\
-        .map(shape, remove_columns=list(columns)).select_columns(["title", "text"])
+    data = find(str(name_or_path), column, streaming, lines)
     known = next((n for n in ("validation", "valid", "dev", "test") if n in data), None)
     kind = IterableDatasetDict if streaming else DatasetDict
-    if known: return kind({"train": tidy(train), "validation": tidy(data[known])})
-    whole = tidy(train)
+    if "train" in data and known: return kind({"train": data["train"], "validation": data[known]})
+    whole = data["train"] if "train" in data else concatenate_datasets([*data.values()])
     if streaming: return kind({"train": whole.filter(lambda r: coin(r["text"]) >= 0.08),
                                "validation": whole.filter(lambda r: coin(r["text"]) < 0.08)})
     out = np.array(held_out(whole["text"][:]))

@@ -6,66 +6,215 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['KINDS', 'checked', 'passages', 'own', 'from_hub']
+__all__ = ['KINDS', 'ASIDE', 'SPLITS', 'kind_of', 'in_folder', 'raw', 'letters', 'check_letters', 'checked', 'passages', 'texts',
+           'objects', 'cells', 'rows_of', 'what_is', 'dig', 'document', 'documents', 'made', 'split_of', 'own',
+           'from_hub', 'tidied']
 
 # %% ../nbs/0_core/03_files.ipynb #imports-2
-import codecs, re
+import codecs, csv, gzip, io, json, re, warnings, zlib
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import IO, Any, cast
 
 # %% ../nbs/0_core/03_files.ipynb #imports-3
-from datasets import Dataset, load_dataset
+from datasets import Dataset, Features, IterableDataset, Value, load_dataset
+from pyarrow import ArrowException
+from pyarrow.parquet import ParquetFile
+
+# %% ../nbs/0_core/03_files.ipynb #kinds
+KINDS = {".txt": "text", ".md": "text", ".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv",
+         ".parquet": "parquet"}
+ASIDE = {"readme", "license", "licence", "copying", "notice", "changelog", "citation", "dataset_info", "dataset_infos",
+         "dataset_dict", "state"}                         # what lies beside the data of a data set
+
+
+def kind_of(path: Path) -> str | None:
+    "Which kind of file a name stands for, without the .gz of a packed one; None for others."
+    ends = [s.lower() for s in path.suffixes if s.lower() != ".gz"]
+    return KINDS.get(ends[-1]) if ends else None
+
+
+def in_folder(folder: Path) -> list[Path]:
+    "The data files of a folder. Raises ValueError if there are none, or several kinds."
+    hidden = lambda p: any(part.startswith((".", "__MACOSX")) for part in p.relative_to(folder).parts)
+    seen = [p for p in sorted(folder.rglob("*")) if p.is_file() and not hidden(p)]
+    beside = [p for p in seen if p.name.split(".")[0].lower() in ASIDE]
+    files = [p for p in seen if kind_of(p) and p not in beside] or [p for p in beside if kind_of(p)]
+    if not files: raise ValueError(f"{folder} has no {', '.join(KINDS)} files")
+    examples = {kind_of(p): p.name for p in files}
+    if len(examples) > 1:
+        raise ValueError(f"{folder} mixes kinds of files ({', '.join(examples.values())}): keep one kind, or name a "
+                         "file")
+    if other := [p.name for p in seen if not kind_of(p) and p not in beside]:
+        warnings.warn(f"{folder}: {len(other)} files that are no text were left out, such as {other[0]}", stacklevel=2)
+    return files
+
+# %% ../nbs/0_core/03_files.ipynb #letters
+def raw(path: Path) -> IO[bytes]:
+    "The bytes of a file, unpacked if its name ends in .gz."
+    return cast(IO[bytes], gzip.open(path)) if path.suffix.lower() == ".gz" else path.open("rb")
+
+
+def letters(path: Path) -> IO[str]:
+    "The text of a file with its line ends as they are, without a byte-order mark."
+    return io.TextIOWrapper(raw(path), "utf-8-sig", newline="")
+
+# %% ../nbs/0_core/03_files.ipynb #check-letters
+def check_letters(path: Path) -> None:
+    "Raises ValueError, naming the byte and the remedy, for a file that is empty or not UTF-8."
+    decoder, at, part = codecs.getincrementaldecoder("utf-8")(), 0, b""
+    try:
+        with raw(path) as f:
+            while True:
+                part, waiting = f.read(2**20), len(decoder.getstate()[0])  # bytes of a character that was cut
+                if at == 0 and part[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+                    raise ValueError(f"{path} is UTF-16: convert it, with iconv -f utf-16 -t utf-8")
+                if b"\0" in part: raise ValueError(f"{path} is no text, or UTF-16 without a mark (byte "
+                    f"{at + part.index(0):,} is zero): if it is text, iconv -f utf-16le -t utf-8 may convert it")
+                decoder.decode(part, final=not part)
+                if not part: break
+                at += len(part)
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{path} is not UTF-8 (byte {at - waiting + e.start:,}): convert it, for example with "
+                         "iconv -f latin1 -t utf-8") from None
+    except (gzip.BadGzipFile, EOFError, zlib.error):
+        raise ValueError(f"{path} cannot be unpacked: it is damaged") from None
+    if not at: raise ValueError(f"{path} is empty")
 
 # %% ../nbs/0_core/03_files.ipynb #checked
-KINDS = {".txt": "text", ".md": "text", ".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
-
-
 def checked(path: Path) -> list[Path]:
     """The data files at `path`, a file or a folder of one kind, found readable.
 
     Raises ValueError for a file that is of an unknown kind, empty, or not UTF-8.
     """
-    files = sorted(p for p in path.rglob("*") if p.suffix in KINDS) if path.is_dir() else [path]
-    if not files: raise ValueError(f"{path} has no {', '.join(KINDS)} files")
-    if len({KINDS.get(p.suffix) for p in files}) > 1: raise ValueError(f"{path} mixes kinds of files: keep one kind")
+    if not path.is_dir() and not kind_of(path):
+        raise ValueError(f"{path}: files end in {', '.join(KINDS)}, not {path.suffix!r}")
+    files = in_folder(path) if path.is_dir() else [path]
     for p in files:
-        if p.suffix not in KINDS: raise ValueError(f"{p}: files end in {', '.join(KINDS)}, not {p.suffix!r}")
         if not p.stat().st_size: raise ValueError(f"{p} is empty")
-        if p.suffix == ".parquet": continue
-        with p.open("rb") as f:
-            decoder, at = codecs.getincrementaldecoder("utf-8")(), 0
-            while True:
-                part, waiting = f.read(2**20), len(decoder.getstate()[0])  # bytes of a character that was cut
-                try: decoder.decode(part, final=not part)
-                except UnicodeDecodeError as e:
-                    raise ValueError(f"{p} is not UTF-8 (byte {at - waiting + e.start:,}): convert it, for example "
-                                     "with iconv -f latin1 -t utf-8") from None
-                if not part: break
-                at += len(part)
+        if kind_of(p) != "parquet": check_letters(p)
     return files
 
 # %% ../nbs/0_core/03_files.ipynb #passages
-def passages(text: str) -> list[str]:
+def passages(text: str, size: int | None = None) -> list[str]:
     "A long text cut at blank lines, into passages of 4,000 characters or more, of a short one a twentieth."
-    size, out = max(200, min(4000, len(text) // 20)), [""]
+    size, out = size or max(200, min(4000, len(text) // 20)), [""]
     for part in re.split(r"(?<=\n)[ \t\r]*\n", text):
         if len(out[-1]) >= size: out.append("")
         out[-1] += part + "\n"
     return [p for p in out if p.strip()]
 
-# %% ../nbs/0_core/03_files.ipynb #own
-def own(path: Path, streaming: bool):
-    "The data files at `path` as datasets reads them: a dict of splits."
+# %% ../nbs/0_core/03_files.ipynb #rows
+def texts(path: Path, lines: bool, alone: bool) -> Iterator[dict[str, Any]]:
+    "A text file as rows: itself, its lines, or, if it is alone, its passages."
+    with letters(path) as f:
+        if lines: yield from ({"text": line.rstrip("\r\n")} for line in f)
+        else: yield from ({"text": t} for t in (passages(f.read()) if alone else [f.read()]))
+
+
+def objects(path: Path) -> Iterator[dict[str, Any]]:
+    "The objects of a JSON file: one a line, or a list of them."
+    with letters(path) as f:
+        if listed := f.read(4096).lstrip()[:1] == "[": f.seek(0); rows = json.load(f)
+        else: f.seek(0); rows = (json.loads(line) for line in f if line.strip())
+        for n, row in enumerate(rows, 1):
+            if not isinstance(row, dict): raise ValueError(f"{'item' if listed else 'line'} {n} is no object")
+            yield row
+
+
+def cells(path: Path) -> Iterator[dict[str, Any]]:
+    "The rows of a table of cells with a header. A cell is text and nothing else."
+    csv.field_size_limit(2**30)
+    tabs = any(s.lower() == ".tsv" for s in path.suffixes)
+    with letters(path) as f:
+        for n, row in enumerate(csv.DictReader(f, delimiter="\t" if tabs else ",", strict=True), 2):
+            if None in row: raise ValueError(f"row {n} has more cells than the header")
+            yield row
+
+# %% ../nbs/0_core/03_files.ipynb #rows-of
+def rows_of(path: Path, lines: bool = False, alone: bool = False) -> Iterator[dict[str, Any]]:
+    "The rows of a file of any kind, as dicts. Raises ValueError, in one line, for what cannot be read."
+    kind = kind_of(path)
+    if lines and kind != "text": raise ValueError(f"{path}: only a text file has lines that are documents")
+    try:
+        if kind == "text": yield from texts(path, lines, alone)
+        elif kind == "json": yield from objects(path)
+        elif kind == "csv": yield from cells(path)
+        else:
+            for batch in ParquetFile(path).iter_batches(): yield from batch.to_pylist()
+    except (ArrowException, csv.Error, ValueError, OSError) as e:
+        if isinstance(e, OSError) and e.errno: raise
+        why = str(e).splitlines()[0][:200]
+        raise ValueError(f"{path} could not be read as {kind}: {why}") from None
+
+# %% ../nbs/0_core/03_files.ipynb #document
+def what_is(value: Any) -> str:
+    "What a value is, in words, and what to do with it."
+    if isinstance(value, dict):
+        return f"objects with {', '.join(map(str, value))}: name a part, such as COLUMN.{next(iter(value), '')}"
+    if isinstance(value, list | tuple):
+        turns = value and all(isinstance(v, dict) and {"role", "content", "from", "value"} & {*v} for v in value)
+        return "conversations: lmtrain.chat makes an example of each" if turns else "lists"
+    known = {bool: "yes or no", int: "numbers", float: "numbers", bytes: "bytes"}
+    return known.get(type(value), f"{type(value).__name__}s")
+
+
+def dig(row: Any, path: str) -> Any:
+    "The value at a path such as `input.1.content`. Raises KeyError, IndexError or TypeError if there is none."
+    for key in path.split("."): row = row[int(key) if key.isdigit() else key]
+    return row
+
+# %% ../nbs/0_core/03_files.ipynb #document-of-a-row
+def document(row: Mapping[str, Any], column: str, where: str) -> dict[str, str] | None:
+    "Title and text of a row, None if it is empty. Raises ValueError if the column is not there or not text."
+    try: value = row[column] if column in row else dig(row, column)
+    except (KeyError, IndexError, TypeError, ValueError):
+        raise ValueError(f"{where} has no column {column!r}; it has {', '.join(map(str, row))}") from None
+    if value is None: return None
+    if not isinstance(value, str): raise ValueError(f"{where}: the column {column!r} holds {what_is(value)}, not text")
+    title, first = row.get("title"), next((s for s in value.split("\n") if s.strip()), "")
+    named = title if isinstance(title, str) and title else first.strip()[:80]
+    return {"title": named, "text": value} if first else None
+
+# %% ../nbs/0_core/03_files.ipynb #documents
+def documents(files: Sequence[Path], column: str, lines: bool, alone: bool) -> Iterator[dict[str, str]]:
+    "The documents of files, one after another; a text file that is `alone` in its split is cut into passages."
+    for path in files:
+        for row in rows_of(path, lines, alone):
+            if d := document(row, column if kind_of(path) != "text" else "text", str(path)): yield d
+
+
+def made(files: Sequence[Path], column: str, lines: bool, streaming: bool) -> Dataset | IterableDataset:
+    "The documents of files as a data set, or as a stream. Raises ValueError if there are none."
+    how = {"files": list(files), "column": column, "lines": lines, "alone": len(files) == 1}
+    if next(documents(**how), None) is None:  # type: ignore[arg-type]
+        raise ValueError(f"{files[0] if len(files) == 1 else files[0].parent} has no text in {column!r}: all is empty")
+    features = Features({"title": Value("string"), "text": Value("string")})
+    if streaming: return IterableDataset.from_generator(documents, gen_kwargs=how, features=features)
+    return Dataset.from_list(list(documents(**how)), features=features)  # type: ignore[arg-type]
+
+# %% ../nbs/0_core/03_files.ipynb #splits
+SPLITS = {"train": "train|training", "validation": "validation|valid|val|dev|eval", "test": "test|testing"}
+
+
+def split_of(name: str) -> str | None:
+    "The split that a path names, from its last part to its first; None if it names none."
+    for part in reversed(re.split(r"[/\\]", name.lower())):
+        for split, words in SPLITS.items():
+            if re.search(rf"(^|[-_. ])({words})([-_. ]|$)", part): return split
+    return None
+
+
+def own(path: Path, column: str = "text", streaming: bool = False, lines: bool = False
+        ) -> dict[str, Dataset | IterableDataset]:
+    "The documents at a path, by splits; where files name none, all are `train`. Raises ValueError in one line."
     files = checked(path)
-    kind, names = KINDS[files[0].suffix], [str(f) for f in files]
-    how = {"sample_by": "paragraph" if streaming and len(files) == 1 else "document"} if kind == "text" else {}
-    try: data = load_dataset(kind, data_files=names, streaming=streaming, **how)
-    except Exception as e:  # datasets wraps a reader's error in its own
-        raise ValueError(f"{path} could not be read as {kind}: {str(e.__cause__ or e).splitlines()[0][:200]}") from None
-    if kind == "text" and not streaming and len(files) == 1:
-        data["train"] = Dataset.from_dict({"text": passages(data["train"][0]["text"])})
-    return data
+    names = [split_of(str(p.relative_to(path)) if path.is_dir() else "") for p in files]
+    if None in names or len({*names}) == 1: names = ["train"] * len(files)
+    parts = {n: [p for p, m in zip(files, names, strict=True) if m == n] for n in SPLITS if n in names}
+    return {n: made(ps, column, lines, streaming) for n, ps in parts.items()}
 
-
+# %% ../nbs/0_core/03_files.ipynb #from-hub
 def from_hub(name: str, streaming: bool):
     "A data set of the hub (`owner/name`, or `owner/name:config`) as a dict of splits. Raises OSError, in one line."
     from huggingface_hub import HfApi, constants
@@ -79,3 +228,11 @@ def from_hub(name: str, streaming: bool):
                       "HF_HUB_OFFLINE=1 to use a copy that is already here; 'python-docs' needs neither") from None
     try: return load_dataset(repo, config or None, streaming=streaming)
     except Exception as e: raise OSError(f"{name!r} could not be loaded: {str(e).splitlines()[0][:200]}") from None
+
+
+def tidied(data, column: str, where: str):
+    "A data set of any columns as documents; empty rows are left out. Raises ValueError if the column is no text."
+    columns = data.column_names or list(next(iter(data.take(1)), {}))
+    full = data.filter(lambda row: document(row, column, where) is not None)
+    if isinstance(full, Dataset) and not len(full): raise ValueError(f"{where} has no text in {column!r}: all is empty")
+    return full.map(lambda row: document(row, column, where), remove_columns=columns).select_columns(["title", "text"])

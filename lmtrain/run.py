@@ -129,6 +129,7 @@ class Job:
     model: str = ""             # a folder, a name on the hub, or Size(...)
     data: str = "shakespeare"   # a corpus: a name, a path, or owner/name
     column: str = "text"        # which column of the data is the text
+    lines: bool = False         # is each line of a text file a document?
     steps: int = 1000
     rows: int = 0               # rows of a batch, on each rank
     length: int = 0             # tokens of a row
@@ -211,7 +212,7 @@ def train(job: Job, out: str | Path, say: Callable[[str], object] = print) -> Hi
     tell = say if accelerator.is_main_process else lambda text: None
     job.check(out)
     out.mkdir(parents=True, exist_ok=True)
-    with accelerator.main_process_first(): splits = corpus(job.data, job.column)
+    with accelerator.main_process_first(): splits = corpus(job.data, job.column, lines=job.lines)
     texts, held_texts = splits["train"]["text"][:], splits["validation"]["text"][:]
     model, tok = parts(job, out, texts, accelerator)
     objective = read(job.objective, tok)

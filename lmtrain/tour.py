@@ -50,6 +50,7 @@ class Story:
     minutes: float | None = None                            # for training ...
     steps: int | None = None                                # ... or a number of steps
     column: str = "text"                                    # which column of the data is the text
+    lines: bool = False                                     # is each line of a text file a document?
     say: Callable[[str], object] = print
     facts: dict = field(default_factory=dict)               # numbers, for `facts.json`
     sections: list[tuple[str, str]] = field(default_factory=list)  # (title, html) of the report
@@ -81,7 +82,7 @@ def picture(fig) -> str:
 def reading(s: Story) -> None:
     "Documents, a tokenizer of their own, and rows of tokens."
     s.say(f"Reading {s.data} ...")
-    splits = corpus(s.data, s.column)
+    splits = corpus(s.data, s.column, lines=s.lines)
     s.train, s.validation = splits["train"]["text"][:], splits["validation"]["text"][:]
     known = catalogue()
     if s.data in known.index: s.say(f"  {known.loc[s.data].about}. Licence: {known.loc[s.data].licence}.")
@@ -126,7 +127,7 @@ def planning(s: Story) -> None:
     s.model = Transformer(Size(len(s.tok), c.dim, c.heads, layers=c.layers, length=c.length))
     if torch.cuda.is_available(): s.model.cuda()
     s.optimizer, s.bf16 = fitting_optimizer(s.model, c.rows * c.length), native_bf16()
-    request = {"column": s.column, "minutes": s.minutes, "steps": s.steps, "scale": asdict(c), **s.facts}
+    request = {"column": s.column, "lines": s.lines, "minutes": s.minutes, "steps": s.steps, "scale": asdict(c), **s.facts}
     plan = earlier(s, request)
     s.bf16 = plan.get("bf16", s.bf16)
     pace = plan.get("seconds_per_step") or seconds_per_step(s.model, batches(s), c.lr, s.optimizer, s.bf16)
@@ -307,8 +308,9 @@ STAGES = reading, planning, pretraining, scoring, writing, comparing, keeping
 
 
 def tour(data: str = "shakespeare", minutes: float | None = None, steps: int | None = None, out: str | Path = "tour",
-         say: Callable[[str], object] = print, sizes: Scale | None = None, column: str = "text") -> Story:
-    """Train a small language model on the `column` of `data`, and write its report to `out`.
+         say: Callable[[str], object] = print, sizes: Scale | None = None, column: str = "text",
+         lines: bool = False) -> Story:
+    """Train a small language model on the `column` of `data` (or its `lines`), and write its report to `out`.
 
     `minutes` of training (by default those of settings.ini), or a number of `steps`. Raises ValueError for numbers
     that make no sense, OSError if something cannot be read or written.
@@ -319,6 +321,6 @@ def tour(data: str = "shakespeare", minutes: float | None = None, steps: int | N
     out = Path(out)
     if out.exists() and not out.is_dir(): raise NotADirectoryError(f"{out} is a file: give a folder with --out")
     out.mkdir(parents=True, exist_ok=True)
-    story = Story(data, out, sizes or scale(), minutes, steps, column, say)
+    story = Story(data, out, sizes or scale(), minutes, steps, column, lines, say)
     for stage in STAGES: stage(story)
     return story
