@@ -33,7 +33,7 @@ reproduce: $(READY) ## Measure the claims of papers again, about half an hour; A
 	@$(BIN)/lmtrain reproduce --all --out docs/results $(ARGS)
 
 notebooks: $(READY) export ## Run the notebooks and keep their outputs
-	@$(BIN)/nbdev-test --n-workers 1 --save --do-print
+	@$(BIN)/nbdev-test --n-workers 0 --save --do-print
 	@$(BIN)/nbdev-clean
 	@$(BIN)/python docs/readme.py
 

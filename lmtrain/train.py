@@ -7,7 +7,7 @@ from __future__ import annotations
 
 # %% auto #0
 __all__ = ['Task', 'cast_to_bf16', 'History', 'Callback', 'Progress', 'check_terms', 'Steps', 'fitting_accelerator',
-           'native_bf16', 'check_accelerator', 'check_weights', 'check_finite', 'check_objective', 'Trainer']
+           'native_bf16', 'check_accelerator', 'check_weights', 'alike', 'check_finite', 'check_objective', 'Trainer']
 
 # %% ../nbs/0_core/10_train.ipynb #imports-2
 import json
@@ -216,6 +216,15 @@ def check_weights(model: nn.Module) -> None:
                          "float32 (model.float()); bf16=True still makes the matrix products in 16 bits")
 
 # %% ../nbs/0_core/10_train.ipynb #same-objective
+def alike(a: Any, b: Any) -> bool:
+    "Equal, field by field; two objectives without fields are, if they are of one class."
+    if a is b or type(a) is not type(b): return a is b
+    if isinstance(a, Tensor): return torch.equal(a, b)
+    if isinstance(a, dict): return {*a} == {*b} and all(alike(a[k], b[k]) for k in a)
+    if isinstance(a, Objective) or is_dataclass(a): return alike(vars(a), vars(b))
+    return bool(a == b)
+
+
 def check_finite(bad: int, skips: int, step: int) -> None:
     "Raises FloatingPointError after more than `skips` steps in a row that were not taken."
     if bad > skips:
@@ -226,7 +235,7 @@ def check_finite(bad: int, skips: int, step: int) -> None:
 def check_objective(objective: Objective, batches: Iterable[Batch]) -> None:
     "Raises ValueError if the loader's objective is not the trainer's."
     asks = getattr(batches, "objective", objective)
-    if type(asks) is not type(objective) or is_dataclass(objective) and asks != objective:
+    if not alike(asks, objective):
         raise ValueError(f"the loader has {asks!r}, the trainer {objective!r}: give both the same")
 
 # %% ../nbs/0_core/10_train.ipynb #trainer

@@ -175,7 +175,7 @@ def test_remasking_a_perfect_model():
 def test_flips():
     "Places are picked with the rates given, empty and written ones apart, within 5 standard errors of 40,000."
     todo = torch.rand(200, 200, generator=torch.Generator().manual_seed(1)) < .5
-    hit = flips(.3, .05, torch.Generator().manual_seed(0))(torch.ones(200, 200), todo)
+    hit = flips(.3, .05, Noise(0), 3)(torch.ones(200, 200), todo)
     for part, rate in (hit[todo], .3), (hit[~todo], .05):
         assert abs(part.float().mean() - rate) < 5 * (rate * (1 - rate) / len(part))**.5
 
@@ -381,3 +381,28 @@ def test_orders_are_all_equally_likely():
     names = {o: n for n, o in enumerate(permutations((1, 2, 3, 4)))}
     counts = np.bincount([names[tuple(w)] for w in t.when.tolist()], minlength=24)
     assert ((counts - 200)**2 / 200).sum() < 73
+
+
+def test_picks_used_twice_write_the_same():
+    "A list of picks is a plan and not a stream: the same text each time, another for another seed, ancestral and the others."
+    torch.manual_seed(0)
+    model, prompts = Transformer(Size(50, 16, 2, layers=1, length=32)), [[1, 5], [1, 6, 7]]
+    for make in (lambda s: ancestral(6, again=.2, seed=s), lambda s: first_hitting(8, s), lambda s: most_confident(8, 4)):
+        picks = make(0)
+        one, two, other = (unmask(model, prompts, 8, p, 49, seed=3) for p in (picks, picks, make(1)))
+        assert torch.equal(one.ids, two.ids) and torch.equal(one.when, two.when)
+        assert make(0) is picks or "confident" in str(picks[0]) or not torch.equal(one.when, other.when)
+
+
+def test_unmask_reads_without_dropout():
+    "A model in training mode writes what it writes in evaluation mode, and is left in its own. Control: with dropout it would not."
+    from torch import nn
+    class Dropping(Transformer):
+        def forward(self, b, cache=None): return nn.functional.dropout(super().forward(b, cache), .5, self.training)
+    torch.manual_seed(0)
+    model = Dropping(Size(50, 16, 2, layers=1, length=32)).train()
+    write = lambda: unmask(model, [[1, 5]], 8, most_confident(8, 8), 49, temperature=0.).ids
+    trained = write()
+    assert model.training and torch.equal(trained, unmask(model.eval(), [[1, 5]], 8, most_confident(8, 8), 49, temperature=0.).ids)
+    b = collate([Example([1, 2, 3])]); model.train()
+    assert not torch.equal(model(b), model(b))

@@ -771,3 +771,14 @@ def test_muon_where_everything_is_an_inner_matrix():
     o.step()
     assert len(o.optimizers) == 1 and not torch.equal(before, net.weight) and fitting_optimizer(net, 64) is muon
     with pytest.raises(ValueError, match="nothing is trainable"): muon(net.requires_grad_(False), .1)
+
+
+def test_objectives_with_token_numbers_as_tensors_are_compared():
+    "Two objectives with equal tensors are one question, alone and in a mixture; with other numbers they are refused."
+    from lmtrain.objectives.masked import MLM
+    from lmtrain.objectives.mixed import Mix
+    ids = lambda *more: torch.tensor([4, 5, 7, *more])
+    items = [Example([4, 5, 7, 9])] * 8
+    for make in (lambda i: MLM(3, i), lambda i: Mix((.5, .5), a=CLM(), b=MLM(3, i, shifted=True))):
+        Trainer(small(), make(ids()), Loader(items, make(ids()), 4, 4))
+        with pytest.raises(ValueError, match="give both the same"): Trainer(small(), make(ids(9)), Loader(items, make(ids()), 4, 4))

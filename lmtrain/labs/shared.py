@@ -38,6 +38,7 @@ def inner(name: str) -> str:
 def plain(value: Any) -> Any:
     "A field of an objective as JSON; a rate that changes with the epochs as that of epoch 0."
     if isinstance(value, range): return [value.start, value.stop]
+    if hasattr(value, "tolist"): return {"ids": value.tolist()}  # token numbers that are no range
     if is_dataclass(value) and not callable(value): return described(value)
     return value(0) if callable(value) else value
 
@@ -50,6 +51,12 @@ def described(objective: Any) -> dict:
     return kind | {f.name: plain(getattr(objective, f.name)) for f in fields(objective)}
 
 
+def _value(d: dict) -> Any:
+    if "ids" not in d: return built(d)
+    import torch
+    return torch.tensor(d["ids"])
+
+
 HOMES = "objective", "objectives.masked", "objectives.mixed", "objectives.diffusion"
 
 
@@ -59,7 +66,7 @@ def built(d: dict) -> Any:
     kind = next((k for k in found if k), None)
     if kind is None: raise ValueError(f"{d['kind']!r} is no objective that a lab knows")
     if "parts" in d: return kind(d["probs"], **{n: built(o) for n, o in d["parts"].items()})
-    value = lambda v: built(v) if isinstance(v, dict) else range(*v) if isinstance(v, list) else v
+    value = lambda v: _value(v) if isinstance(v, dict) else range(*v) if isinstance(v, list) else v
     return kind(**{n: value(v) for n, v in d.items() if n != "kind"})
 
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 # %% auto #0
 __all__ = ['linear', 'cosine', 'GOLDEN', 'ROOT2', 'ROOT3', 'exact_k', 'Schedule', 'Polynomial', 'Cosine', 'polynomial', 'times',
            'noised', 'Bounded', 'leftward', 'Diffusion', 'At', 'Stopped', 'ranked', 'ExactK', 'Stepped', 'Bound',
-           'nelbo', 'nelbo_bits', 'jumps', 'Uniform', 'BlockDiffusion', 'ended']
+           'nelbo', 'nelbo_bits', 'jumps', 'tails', 'Uniform', 'BlockDiffusion', 'ended']
 
 # %% ../../nbs/1_objectives/03_diffusion.ipynb #imports-2
 import math
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 # %% ../../nbs/1_objectives/03_diffusion.ipynb #imports-3
 import numpy as np
@@ -31,7 +31,7 @@ from ..text import Rows
 @dataclass(frozen=True)
 class Schedule:
     "How much of a text is hidden at time t: none at 0, all at 1, and here `t` of it. Sahoo et al. (2024)."
-    eps: float = field(default=1e-3, kw_only=True)  # the smallest t that is drawn: the weight grows like 1/t
+    eps: float = field(default=1e-3, kw_only=True)  # the smallest t: the weight grows like 1/t
 
     def hidden(self, t: Tensor) -> Tensor:
         "1 - alpha(t), shaped like `t`."
@@ -44,10 +44,14 @@ class Schedule:
         return 1 / t
 
     def masks(self, t: Tensor, u: Tensor, may: Tensor, part: Tensor) -> tuple[Tensor, Tensor]:
-        "From t and u in [0,1): which tokens that `may` are hidden, and with which weight. (B,T) bool, (B,T) float."
-        t = self.eps + (1 - self.eps) * t                                              # (B,T)
-        hit = may & (u < self.hidden(t))                                               # (B,T)
-        return hit, torch.where(hit, self.weight(t), 0.0)
+        """From t and u in [0,1): which tokens that `may` are hidden, and with which weight. (B,T) bool, (B,T) float.
+
+        A t below `eps` hides as `eps` does, and its tokens weigh 1/eps: the last term of the bound, from eps to 0.
+        """
+        late = t.clamp(min=self.eps)                                                   # (B,T)
+        hit = may & (u < self.hidden(late))                                            # (B,T)
+        weight = torch.where(t < self.eps, 1 / max(self.eps, 1e-9), self.weight(late))  # (B,T)
+        return hit, torch.where(hit, weight, 0.0)
 
 # %% ../../nbs/1_objectives/03_diffusion.ipynb #schedules
 @dataclass(frozen=True)
@@ -89,6 +93,9 @@ def times(b: Batch, noise: Noise, part: Tensor | int = 0) -> Tensor:
 def noised(b: Batch, noise: Noise, mask_id: int, schedule: Schedule, part: Tensor | int = 0) -> Batch:
     "Mask answers at one t a document (or part of it); the loss is on them, weighed by the schedule."
     may, parts = b.answer & (b.doc > 0), b.doc * b.ids.shape[1] + part                 # (B,T) (B,T)
+    if (may & (b.clean == mask_id)).any():
+        raise ValueError(f"a text holds the mask token {mask_id} as an answer, which the model may never give: take it "
+                         "out, or do not answer it")
     hit, weights = schedule.masks(times(b, noise, part), noise(b), may, parts)         # (B,T) (B,T)
     return hide(b, hit, mask_id).set(weights=weights)
 
@@ -218,6 +225,18 @@ def jumps(logits: Tensor, x: Tensor, z: Tensor, alpha: Tensor) -> Tensor:
     r, m = true / true.gather(1, z[:, None]), said / said.gather(1, z[:, None])        # (N,K) (N,K)
     return (r * (r / m).log() - r + m).sum(1)                                          # (N,)
 
+
+def tails(alpha: tuple[float, float], K: int) -> float:
+    """What the bound of uniform noise costs a token outside of the t that are drawn, in nats: a constant.
+
+    Before the first (kept share alpha[0]) the token that is seen is taken for true with the noise's own odds; after
+    the last (alpha[1]) it is taken for a uniform one. Ho et al. (2020), Austin et al. (2021).
+    """
+    def entropy(kept: float) -> float:
+        p = (kept + (1 - kept) / K, *[(1 - kept) / K] * (K > 1))
+        return -sum(n * v * math.log(v) for n, v in zip((1, K - 1), p, strict=False) if v > 0)
+    return entropy(alpha[0]) + math.log(K) - entropy(alpha[1])
+
 # %% ../../nbs/1_objectives/03_diffusion.ipynb #uniform
 @dataclass
 class Uniform(Bounded):
@@ -237,7 +256,7 @@ class Uniform(Bounded):
             raise ValueError(f"Uniform: an answer lies outside {self.vocab}: widen it, or do not answer that token")
         t = eps + (1 - 2 * eps) * times(b, noise)                                      # (B,T)
         new, alpha = first + (noise(b, 1) * K).long(), self.schedule.alpha(t)          # (B,T) (B,T)
-        rate = self.schedule.weight(t) * self.schedule.hidden(t) / alpha / K           # (B,T)
+        rate = self.schedule.weight(t) * self.schedule.hidden(t) / alpha / K * (1 - 2 * eps)  # (B,T)
         ids = torch.where(may & (noise(b) < 1 - alpha), new, b.ids)                    # (B,T)
         return b.set(ids=ids, targets=b.clean, order=torch.zeros_like(b.order),
                      weights=torch.where(may, rate, 0.0)).with_extra(alpha=alpha)
@@ -246,8 +265,10 @@ class Uniform(Bounded):
         at, first, K = b.loss_positions.clamp(min=0), self.vocab[0], len(self.vocab)   # (N,)
         logits = model.head(model(b).flatten(0, 1)[at]).float()[:, first:first + K]    # (N,K)
         x, z = ((c.flatten()[at] - first).clamp(0, K - 1) for c in (b.targets, b.ids))  # (N,) (N,)
-        weights = torch.where(b.loss_positions < 0, 0.0, b.weights.flatten()[at])      # (N,)
-        return weights * jumps(logits, x, z, b.extra["alpha"].flatten()[at])           # (N,)
+        weights, s = b.weights.flatten()[at], self.schedule                            # (N,)
+        ends = cast(tuple[float, float], tuple(s.alpha(torch.tensor([s.eps, 1 - s.eps], dtype=torch.float64)).tolist()))
+        each = weights * jumps(logits, x, z, b.extra["alpha"].flatten()[at]) + tails(ends, K)  # (N,)
+        return each.masked_fill(b.loss_positions < 0, 0.0)
 
 # %% ../../nbs/1_objectives/03_diffusion.ipynb #block
 @dataclass

@@ -21,13 +21,16 @@ from torch import Tensor
 # %% ../../nbs/1_objectives/04_samplers.ipynb #imports-4
 from ..batch import Batch, Example, Noise, Trace, collate
 from ..generation import Pick, blocks, uniform, confident, distribution, draw, random_order
-from ..model import LM
+from ..model import LM, evaluating
 from .diffusion import Schedule, linear
 
 # %% ../../nbs/1_objectives/04_samplers.ipynb #ancestral
-def flips(write: float, hide: float, dice: torch.Generator) -> Pick:
-    "Each empty pos with probability `write`, each written one (to hide it again) with probability `hide`."
-    return lambda p, todo: torch.rand(todo.shape, generator=dice) < torch.where(todo, write, hide)  # (B,n)
+def flips(write: float, hide: float, noise: Noise, step: int) -> Pick:
+    "Each masked position with probability `write`, each written one (to mask it again) with probability `hide`."
+    def pick(p: Tensor, todo: Tensor) -> Tensor:
+        row, pos = (torch.arange(n, device=todo.device) for n in todo.shape)           # (B,) (n,)
+        return noise.at(row[:, None], pos, step) < torch.where(todo, write, hide)      # (B,n)
+    return pick
 
 
 def rates(steps: int, schedule: Schedule = linear, again: float = 0.0) -> list[tuple[float, float]]:
@@ -44,8 +47,7 @@ def rates(steps: int, schedule: Schedule = linear, again: float = 0.0) -> list[t
 
 def ancestral(steps: int, schedule: Schedule = linear, again: float = 0.0, seed: int = 0) -> list[Pick]:
     "The reverse of the noise in `steps` steps, with remasking if `again`. Sahoo et al. (2024), Wang et al. (2025)."
-    dice = torch.Generator().manual_seed(seed)
-    return [flips(write, hide, dice) for write, hide in rates(steps, schedule, again)]
+    return [flips(write, hide, Noise(seed, 1), k) for k, (write, hide) in enumerate(rates(steps, schedule, again))]
 
 # %% ../../nbs/1_objectives/04_samplers.ipynb #confident
 def first_hitting(n: int, seed: int = 0) -> list[Pick]:
@@ -139,8 +141,9 @@ def scorer(model: LM, prompts: Sequence[Sequence[int]], n: int, mask_id: int, bl
     b = b.set(order=b.doc_pos // block if block else torch.zeros_like(b.order))
     device = next((p.device for p in model.parameters()), b.ids.device)
     def scores(canvas: Tensor) -> Tensor:  # (B,n,V)
-        h = model(b.set(ids=b.ids.scatter(1, at, canvas)).to(device))                  # (B,T,D)
-        return model.head(h[torch.arange(len(b))[:, None].to(device), at.to(device) - int(shifted)])
+        with evaluating(model):
+            h = model(b.set(ids=b.ids.scatter(1, at, canvas)).to(device))              # (B,T,D)
+            return model.head(h[torch.arange(len(b))[:, None].to(device), at.to(device) - int(shifted)])
     return scores
 
 # %% ../../nbs/1_objectives/04_samplers.ipynb #unmask
