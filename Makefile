@@ -30,7 +30,7 @@ bench: $(READY) ## Measure speed beside transformers' Trainer, about an hour on 
 	@$(BIN)/python -m benchmarks.masking
 
 reproduce: $(READY) ## Measure the claims of papers again, about half an hour; ARGS="--seeds 5"
-	@$(BIN)/lmtrain reproduce --all --out docs/results $(ARGS)
+	@$(BIN)/lmtrain reproduce --all --out data/results --page docs/results $(ARGS)
 
 notebooks: $(READY) export ## Run the notebooks and keep their outputs
 	@$(BIN)/nbdev-test --n-workers 0 --save --do-print

@@ -1,4 +1,4 @@
-"Everything is in pyproject.toml; this copies settings.ini, data/*.json and the notebooks into the wheel, as lmtrain/_data/."
+"Everything is in pyproject.toml; this copies settings.ini, data/ and the notebooks into the wheel, as lmtrain/_data/."
 import shutil
 from pathlib import Path
 
@@ -12,7 +12,8 @@ class WithData(build_py):
     "The package's modules, and the data files beside them."
     def data(self) -> dict[Path, Path]:
         to = Path(self.build_lib, "lmtrain", "_data")
-        files = {source: to / source.name for source in [HERE / "settings.ini", *sorted((HERE / "data").glob("*.json"))]}
+        files = {HERE / "settings.ini": to / "settings.ini"}
+        files |= {p: to / p.relative_to(HERE / "data") for p in sorted((HERE / "data").rglob("*.json"))}
         books = [p for p in sorted((HERE / "nbs").rglob("*.ipynb")) if ".ipynb_checkpoints" not in p.parts]
         return files | {p: to / p.relative_to(HERE) for p in books}
 

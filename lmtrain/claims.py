@@ -6,15 +6,17 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['T95', 'Claim', 'Verdict', 'over_seeds', 'in_words', 'of_arm', 'versus']
+__all__ = ['T95', 'Claim', 'Verdict', 'over_seeds', 'in_words', 'of_arm', 'versus', 'recorded']
 
 # %% ../nbs/0_core/15_claims.ipynb #imports-2
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 # %% ../nbs/0_core/15_claims.ipynb #imports-3
 import numpy as np
+from .settings import data_file
 
 # %% ../nbs/0_core/15_claims.ipynb #claims
 @dataclass(frozen=True)
@@ -47,9 +49,9 @@ def over_seeds(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def in_words(found: tuple[float, float, float], form: str = ".3f") -> str:
-    "A mean and its interval as they are written: `0.64 (0.54 to 0.73)`."
+    "A mean and its interval as they are written: `0.64 (0.54 to 0.73)`; of a single run, that it has none."
     mean, low, high = (format(v, form) for v in found)
-    return f"{mean} ({low} to {high})"
+    return f"{mean} ({low} to {high})" if math.isfinite(found[1] + found[2]) else f"{mean} (one run, no interval)"
 
 
 def of_arm(rows: Sequence[dict], arm: str, name: str) -> list[float]:
@@ -64,3 +66,20 @@ def versus(rows: Sequence[dict], arm: str, other: str, name: str) -> tuple[float
     "By how much an arm is above another, seed by seed: mean and 95 % interval."
     pairs = zip(of_arm(rows, arm, name), of_arm(rows, other, name), strict=True)
     return over_seeds([a - b for a, b in pairs])
+
+# %% ../nbs/0_core/15_claims.ipynb #recorded
+def recorded(name: str) -> tuple[list[dict], str]:
+    """The rows of an experiment's kept runs, each with its seed, and where they come from, in a sentence.
+
+    Raises FileNotFoundError if there are none.
+    """
+    runs, seed = [], 0
+    while True:
+        try: path = data_file(f"results/{name}/seed-{seed}.json")
+        except FileNotFoundError: break
+        runs.append(json.loads(path.read_text(encoding="utf-8"))); seed += 1
+    if not runs: raise FileNotFoundError(f"no run of {name!r} is kept: lmtrain reproduce {name} makes some")
+    first, took = runs[0], sum(r["seconds"] for r in runs) / len(runs)
+    rows = [{"seed": r["seed"], **row} for r in runs for row in r["rows"]]
+    return rows, (f"A kept run: {len(runs)} seed{'s' * (len(runs) > 1)}, size {first['size']:g}, {took:.0f} s each on "
+                  f"{first['cores']} cores, torch {first['torch']}, code {first['code']}.")

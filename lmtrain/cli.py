@@ -81,6 +81,7 @@ def reproduce(wanted: Annotated[Optional[list[str]], typer.Argument(help="Names 
               seeds: Annotated[int, typer.Option(help="How many seeds each.")] = 3,
               size: Annotated[float, typer.Option(help="Multiplies the numbers of steps.")] = 1.0,
               out: Annotated[str, typer.Option(help="Where the runs and the page of results go.")] = "results",
+              page: Annotated[Optional[str], typer.Option(help="Where the page goes, if not beside the runs.")] = None,
               budget: Annotated[Optional[float], typer.Option(help="Minutes; the stalest runs come first.")] = None,
               again: Annotated[bool, typer.Option("--again", help="Make runs anew that are kept.")] = False,
               as_json: Annotated[bool, typer.Option("--json", help="Print verdicts and rows as JSON.")] = False) -> None:
@@ -92,7 +93,8 @@ def reproduce(wanted: Annotated[Optional[list[str]], typer.Argument(help="Names 
         return
     if not (wanted or every): raise ValueError("name an experiment, or --all; lmtrain reproduce --list prints them")
     chosen = names() if every else [n.replace("_", "-") for n in wanted or []]
-    run(chosen, seeds, size, out, budget, again, say=(lambda text: print(text, file=sys.stderr)) if as_json else print)
+    say = (lambda text: print(text, file=sys.stderr)) if as_json else print
+    run(chosen, seeds, size, out, budget, again, say, page)
     if as_json: print(told(chosen, out))
 
 

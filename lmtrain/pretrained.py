@@ -7,7 +7,7 @@ from __future__ import annotations
 
 # %% auto #0
 __all__ = ['Inputs', 'position_table', 'embeddings', 'room', 'Given', 'Body', 'Head', 'Pretrained', 'close', 'in_float32',
-           'disobeys', 'some_rows', 'strays', 'disobedience', 'obeys_mask']
+           'disobeys', 'some_rows', 'strays', 'disobedience', 'left_only', 'obeys_mask']
 
 # %% ../nbs/0_core/06_pretrained.ipynb #imports-2
 import copy
@@ -124,9 +124,10 @@ class Pretrained(LM):
         config, table = self.net.config.get_text_config(), embeddings(self.net)
         self.vocab, self.inputs, self.room = table.shape[0], Inputs.of(self.net), room(self.net)
         self.dim = getattr(config, "hidden_size", None) or table.shape[1]
-        self.causal = "MaskedLM" not in type(self.net).__name__ and getattr(config, "is_causal", True)
         if fault := disobeys(self):
             raise ValueError(f"{type(self.net).__name__} cannot run under a batch's mask: {fault}")
+        written = "MaskedLM" not in type(self.net).__name__ and getattr(config, "is_causal", True)
+        self.causal = written and left_only(self)
 
     @property
     def head(self) -> nn.Module:  # type: ignore[override]
@@ -201,6 +202,13 @@ def disobedience(model: Pretrained, T: int) -> str:
         if not table.requires_grad: return ""
         found = torch.autograd.grad(model.head(model(fits[0])).logsumexp(-1).sum(), table)[0]  # (V,D)
     return "" if found.isfinite().all() and found.any() else "no finite gradient reaches its embeddings"
+
+# %% ../nbs/0_core/06_pretrained.ipynb #left-only
+def left_only(model: Pretrained) -> bool:
+    "Does the untouched model read from left to right? BERT with a head for the next token does not, unless it is told."
+    one = some_rows(model, min(model.room or 8, 8)).ids                                # (1,n)
+    other = torch.cat([one[:, :1], one[:, 1:].roll(1, 1)], 1)                          # (1,n) the first is the same
+    with evaluating(model): return close(*(model.net.base_model(input_ids=ids)[0][:, 0] for ids in (one, other)))
 
 # %% ../nbs/0_core/06_pretrained.ipynb #obeys-mask
 def obeys_mask(model: LM) -> bool:

@@ -122,14 +122,14 @@ million parameters, trained for a minute. It does not mean that the paper is wro
 """
 
 # %% ../nbs/8_tour/01_reproduce.ipynb #section
-def section(name: str, records: Sequence[Record], out: Path) -> str:
-    "One experiment on the page, with its plot beside it as `NAME.svg`."
+def section(name: str, records: Sequence[Record], out: Path, to: Path) -> str:
+    "One experiment on the page in `to`, with its plot beside it as `NAME.svg`; its runs are in `out`."
     import matplotlib.pyplot as plt
     e, rows, first = experiment(name), seeded(records), records[0]
     v: Verdict = e.verdict(rows)
     with plt.rc_context({"svg.hashsalt": name}):
         fig = e.plot(rows)
-        fig.savefig(out / f"{name}.svg", metadata={"Date": None}, facecolor="white"); plt.close(fig)
+        fig.savefig(to / f"{name}.svg", metadata={"Date": None}, facecolor="white"); plt.close(fig)
     checks = "".join(f"- {'holds' if ok else '**broken**'}: {law}\n" for law, ok in v.checks.items())
     took = sum(r.seconds for r in records) / len(records)
     return (f"## {name}: {'shown' if v.shown else 'not shown'}\n\n**Claim.** {e.claim.text} ({e.claim.source})\n\n"
@@ -137,19 +137,20 @@ def section(name: str, records: Sequence[Record], out: Path) -> str:
             f"**Found.** {v.found}\n\n![{name}]({name}.svg)\n\n{checks}\n"
             f"{len(records)} seed{'s' * (len(records) > 1)}, size {first.size:g}, {took:.0f} s each on {first.cores} "
             f"cores; lmtrain {first.lmtrain}, torch {first.torch}, code {first.code}. "
-            f"The rows are in [{name}](./{name}); "
+            f"The rows are in [{name}]({Path(os.path.relpath(out / name, to)).as_posix()}); "
             f"`lmtrain reproduce {name}` makes them.\n")
 
 # %% ../nbs/8_tour/01_reproduce.ipynb #page-whole
-def page(out: Path) -> dict[str, Verdict]:
-    "Write README.md and the plots from all runs that are kept in `out`; the verdicts, by name."
+def page(out: Path, to: Path) -> dict[str, Verdict]:
+    "Write README.md and the plots to `to` from all runs that are kept in `out`; the verdicts, by name."
+    to.mkdir(parents=True, exist_ok=True)
     found = {name: some for name in names() if (some := of_all(name, out))}
     verdicts = {name: experiment(name).verdict(seeded(some)) for name, some in found.items()}
     table = "".join(f"| [{n}](#{n}-{'shown' if v.shown else 'not-shown'}) | {experiment(n).claim.text} | "
                     f"{'shown' if v.shown else 'not shown'} |\n" for n, v in verdicts.items())
-    sections = [section(name, some, out) for name, some in found.items()]
+    sections = [section(name, some, out, to) for name, some in found.items()]
     top = f"| experiment | claim | here |\n|---|---|---|\n{table}"
-    write(out / "README.md", "\n".join([HEAD, top, *sections]))
+    write(to / "README.md", "\n".join([HEAD, top, *sections]))
     return verdicts
 
 # %% ../nbs/8_tour/01_reproduce.ipynb #reproduce
@@ -164,27 +165,29 @@ def attempt(name: str, seed: int, size: float, out: Path, say: Callable[[str], o
 
 # %% ../nbs/8_tour/01_reproduce.ipynb #reproduce-all
 def reproduce(wanted: Sequence[str], seeds: int = 3, size: float = 1.0, out: str | Path = "results",
-              budget: float | None = None, again: bool = False, say: Callable[[str], object] = print
-              ) -> dict[str, Verdict]:
-    """Make the runs that are due, at most for `budget` minutes, and the page; verdicts of all that is in `out`.
+              budget: float | None = None, again: bool = False, say: Callable[[str], object] = print,
+              to: str | Path | None = None) -> dict[str, Verdict]:
+    """Make the runs that are due, at most for `budget` minutes, and their page, in `out` or in `to`.
+
+    The verdicts of all that is in `out`, by name.
 
     Raises ValueError for numbers that make no sense, RuntimeError if a run failed or a check failed.
     """
     if seeds < 1 or not size > 0: raise ValueError(f"seeds={seeds} and size={size} must be more than 0")
     for name in wanted: experiment(name)
-    out, began, wrong, left = Path(out), time.perf_counter(), [], 0
+    out, to, began, wrong, left = Path(out), Path(to or out), time.perf_counter(), [], 0
     for name, seed in due(wanted, seeds, size, out, again):
         before = [r.seconds for k in range(seeds) if (r := record_of(out, name, k)) and r.size == size]
         expected = max(before, default=0.0)
         if budget is not None and time.perf_counter() - began + expected > 60 * budget: left += 1; continue
         if failed := attempt(name, seed, size, out, say): wrong.append(failed)
-    verdicts = page(out)
+    verdicts = page(out, to)
     if left: say(f"{left} runs did not fit into {budget:g} minutes; the same command goes on with them.")
     for name in wanted:
         if v := verdicts.get(name): say(f"\n{name}: {'shown' if v.shown else 'not shown'}. {v.found}")
         wrong += [f"{name}: the check {law!r} failed" for law, ok in (v.checks.items() if v else ()) if not ok]
     if wrong: raise RuntimeError("; ".join(wrong))
-    say(f"\nThe page is {out / 'README.md'}")
+    say(f"\nThe page is {to / 'README.md'}")
     return verdicts
 
 # %% ../nbs/8_tour/01_reproduce.ipynb #told

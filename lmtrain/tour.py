@@ -127,7 +127,8 @@ def planning(s: Story) -> None:
     s.model = Transformer(Size(len(s.tok), c.dim, c.heads, layers=c.layers, length=c.length))
     if torch.cuda.is_available(): s.model.cuda()
     s.optimizer, s.bf16 = fitting_optimizer(s.model, c.rows * c.length), native_bf16()
-    request = {"column": s.column, "lines": s.lines, "minutes": s.minutes, "steps": s.steps, "scale": asdict(c), **s.facts}
+    request = {"column": s.column, "lines": s.lines, "minutes": s.minutes, "steps": s.steps, "scale": asdict(c),
+               **s.facts}
     plan = earlier(s, request)
     s.bf16 = plan.get("bf16", s.bf16)
     pace = plan.get("seconds_per_step") or seconds_per_step(s.model, batches(s), c.lr, s.optimizer, s.bf16)

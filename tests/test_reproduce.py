@@ -80,7 +80,7 @@ def test_page(toy, tmp_path, effect, shown):
     anchors = {re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in re.findall(r"(?m)^## (.*)", text)}
     assert {*re.findall(r"\]\(#([^)]+)\)", text)} <= anchors
     first = (out / "two-coins.svg").read_bytes(), text
-    page(out)
+    page(out, out)
     assert ((out / "two-coins.svg").read_bytes(), (out / "README.md").read_text()) == first
 
 
