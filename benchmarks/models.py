@@ -29,7 +29,7 @@ SMALL = {
     **dict.fromkeys(("intermediate_size", "n_inner", "d_ff", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim", "hidden_dim",
                      "moe_intermediate_size", "shared_expert_intermediate_size", "ffn_hidden_size"), 48),
     **dict.fromkeys(("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx", "max_sequence_length"), 64),
-    "sliding_window": 8, "attention_window": 8, "local_attention": 8, "embedding_size": 32, "word_embed_proj_dim": 32, "word_embedding_size": 32,
+    "sliding_window": 8, "logits_scaling": 8.0, "attention_window": 8, "local_attention": 8, "embedding_size": 32, "word_embed_proj_dim": 32, "word_embedding_size": 32,
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
     **dict.fromkeys(("num_experts_per_tok", "moe_topk", "moe_k"), 2), "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1,
     "kv_lora_rank": 8, "q_lora_rank": 8, "rotary_dim": 4, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8, "bos_token_id": 1, "eos_token_id": 2}
@@ -42,7 +42,7 @@ def built(kind: str, name: str) -> transformers.PreTrainedModel:
     known = config_class()
     free = lambda n: not isinstance(getattr(config_class, n, None), property)
     fields = {n: v for n, v in SMALL.items() if free(n) and getattr(known, n, None) is not None or n == "vocab_size"}
-    if layers := getattr(known, "layer_types", None): fields["layer_types"] = [*dict.fromkeys(layers)][:2] * (2 if len({*layers}) == 1 else 1)
+    if free("layer_types") and (layers := getattr(known, "layer_types", None)): fields["layer_types"] = [*dict.fromkeys(layers)][:2] * (2 if len({*layers}) == 1 else 1)
     fields["pad_token_id"] = 1 if kind in PAD else 0
     if kind in PAD: fields["bos_token_id"] = 0
     config = config_class(**fields)

@@ -824,6 +824,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'lmtrain.views._costs': ('0_core/views.html#_costs', 'lmtrain/views.py'),
                                'lmtrain.views.asked_of': ('0_core/views.html#asked_of', 'lmtrain/views.py'),
                                'lmtrain.views.block': ('0_core/views.html#block', 'lmtrain/views.py'),
+                               'lmtrain.views.bytes_of': ('0_core/views.html#bytes_of', 'lmtrain/views.py'),
                                'lmtrain.views.compare': ('0_core/views.html#compare', 'lmtrain/views.py'),
                                'lmtrain.views.control': ('0_core/views.html#control', 'lmtrain/views.py'),
                                'lmtrain.views.explore': ('0_core/views.html#explore', 'lmtrain/views.py'),

@@ -6,11 +6,12 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['ROW', 'TOKEN', 'Picture', 'shown', 'span', 'block', 'paint', 'paint_loss', 'paint_sees', 'paint_trace', 'Replay',
-           'replay', 'asked_of', 'compare', 'control', 'Explore', 'explore', 'Watch']
+__all__ = ['ROW', 'TOKEN', 'bytes_of', 'shown', 'Picture', 'span', 'block', 'paint', 'paint_loss', 'paint_sees', 'paint_trace',
+           'Replay', 'replay', 'asked_of', 'compare', 'control', 'Explore', 'explore', 'Watch']
 
 # %% ../nbs/0_core/14_views.ipynb #imports-2
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import Field, fields, is_dataclass, replace
 from html import escape
@@ -26,6 +27,23 @@ from .model import LM, evaluating
 from .objective import Objective, logp
 from .train import Callback, Trainer
 
+# %% ../nbs/0_core/14_views.ipynb #shown
+def bytes_of(name: str) -> bytes:
+    "The bytes of a token that is no whole letter, from its name in a byte-level vocabulary or after <0x..>."
+    if found := re.fullmatch(r"<0x([0-9A-F]{2})>", name): return bytes.fromhex(found[1])
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]  # GPT-2's letters for bytes: these are their own
+    rest = [b for b in range(256) if b not in plain]
+    letter = {chr(b): b for b in plain} | {chr(256 + n): b for n, b in enumerate(rest)}
+    return bytes(letter[c] for c in name) if all(c in letter for c in name) else name.encode()
+
+
+def shown(token: int, tok: PreTrainedTokenizerFast) -> str:
+    "A token as readable text: spaces as middle dots, ends of lines as arrows, bytes that are no text as <hex>."
+    text = str(tok.decode([token]))
+    if token in tok.all_special_ids: return text
+    if "\ufffd" in text: return "".join(f"<{byte:02X}>" for byte in bytes_of(str(tok.convert_ids_to_tokens(token))))
+    return text.replace(" ", "·").replace("\n", "↵").replace("\t", "⇥")
+
 # %% ../nbs/0_core/14_views.ipynb #picture
 ROW = "font:13px/2.1 ui-monospace,monospace;padding:.5em 0;overflow-wrap:anywhere"
 TOKEN = "padding:.15em .1em;margin:0 1px;border-radius:3px"
@@ -36,14 +54,6 @@ class Picture(str):
     def _repr_html_(self) -> str: return str(self)
 
     def __repr__(self) -> str: return f"Picture({len(self):,} characters of HTML)"
-
-
-def shown(token: int, tok: PreTrainedTokenizerFast) -> str:
-    "A token as readable text: spaces as middle dots, ends of lines as arrows, bytes that are no text as <hex>."
-    text = str(tok.decode([token]))
-    if token in tok.all_special_ids: return text
-    if "\ufffd" in text: return str(tok.convert_ids_to_tokens(token))
-    return text.replace(" ", "·").replace("\n", "↵").replace("\t", "⇥")
 
 
 def span(text: str, tip: str, style: str, under: str = "") -> str:

@@ -4,6 +4,7 @@ What the page shows is compared with what Python computes; pictures go to the fo
 """
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -168,17 +169,45 @@ def test_hovering_links(view, tmp_path):
 
 
 def test_code_makes_the_batch(view, tmp_path):
-    "What `copy as code` gives, run by Python, is the row that is shown."
+    "What `copy as code` gives, pasted and run as it is, is the row that is shown, under every objective of the menu."
     lab = MaskingLab()
     page = view(file_of(lab, tmp_path))
-    for k, m in enumerate(lab.menu):
-        if m["objective"]["kind"] in ("SpanCorrupt", "UL2"): continue
+    for k in range(len(lab.menu)):
         page.select_option(".lm-lab select >> nth=0", str(k))
         page.click("text=copy as code")
         code = page.inner_text(".lm-code")
-        space = {"tok": lab.tok}
+        space: dict = {}
         exec(code, space)  # our own text
         assert space["b"].ids[0].tolist() == numbers(page, "id"), code
+
+
+@pytest.mark.parametrize("text", ["<!-- <script src=x>", "</script><b>", "a <!-- b --> c", "]]> &amp; \u2028 naïve \U0001f642"])
+def test_any_text_in_a_page(view, tmp_path, text):
+    "Neither a tag nor a comment in the text makes the page blank, and the row is the text's. Control: unescaped, it would."
+    lab = MaskingLab(text=text)
+    path = tmp_path / "page.html"
+    path.write_text(page_of(lab, f"lab <!-- <script> {text}"), encoding="utf-8")
+    page = view(path.as_uri())
+    assert numbers(page, "id") == lab.painted.ids[0].tolist() and not page.wrong
+    if text.startswith("<!--"):
+        raw = path.read_text(encoding="utf-8").replace("\\u003c", "<")
+        path.write_text(raw, encoding="utf-8")
+        assert view(path.as_uri()).query_selector(".lm-token") is None
+
+
+def test_what_noise_is_told(view, tmp_path):
+    "The share that is expected is right for swapped tokens, not claimed for shaken ones, and only a gap has a gap's weight."
+    lab = NoiseLab(text=" ".join(f"word {i}" for i in range(200)))
+    page = view(file_of(lab, tmp_path))
+    for kind, t in ((0, .4), (1, .4), (2, .2)):
+        put(page, "kind", kind); put(page, "t", t)
+        said = page.inner_text(".lm-count >> nth=0")
+        lab.kind, lab.t = kind, t
+        gone = sum(a != b for a, b in zip(lab.noised["ids"], numbers(page, "id"), strict=True))
+        assert gone == 0 and ("weight" in said) == (kind == 0) == (lab.noised["weight"] is not None) and ("expected" in said) == (kind < 2)
+        if kind < 2:
+            changed, may = int(said.split()[0]), int(re.search(r"% of (\d+) expected", said)[1])
+            assert abs(changed - may * lab.noised["share"]) < 5 * (may * .25) ** .5
 
 
 def test_noise_page_is_pythons(view, tmp_path):

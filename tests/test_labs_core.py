@@ -301,3 +301,20 @@ def test_module_is_whole(name, tmp_path):
     code = f"import lab from '{(tmp_path / 'lab.mjs').as_uri()}'; process.stdout.write(typeof lab.render)"
     done = subprocess.run([NODE, "--input-type=module", "-e", code], capture_output=True, text=True, timeout=60)
     assert done.stdout == "function" and not re.search("^ *import ", esm(name), re.M), done.stderr
+
+
+def test_shares_of_which_there_are_too_many_are_refused():
+    "keep .5 and swap .7 make no batch: JavaScript says so as Python does, instead of drawing one."
+    told = js([["wrong", [{"kind": "MLM", "mask_id": M, "regular_ids": [4, V], "rate": .3, "keep": .5, "swap": .7, "shifted": False, "words": False},
+                          columns(rows(random.Random(0)), 0), {"seed": 0, "epoch": 0}]]])[0]
+    assert "keep + swap = 1.2" in told
+    with pytest.raises(ValueError, match=r"keep \+ swap=1.2"): MLM(M, range(4, V), .3, .5, .7)
+
+
+def test_bytes_that_are_no_letter_are_numbers(tok):
+    "A token that is half a letter is shown as its bytes, by Python and by JavaScript, and not as letters of another alphabet."
+    from lmtrain.views import shown
+    text = "naïve 日本"
+    ids = tok(text, add_special_tokens=False)["input_ids"]
+    told = js([["read", [json.loads(tok.backend_tokenizer.to_str()), [text]]]])[0][0][3]
+    assert told == [shown(i, tok) for i in ids] and "<C3>" in told and not any("Ã" in s for s in told)

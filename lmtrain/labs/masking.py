@@ -134,5 +134,6 @@ class MaskingLab(Lab):
 
     def picture(self) -> str:
         "The row as it is now, painted by Python."
+        from html import escape
         from lmtrain.views import paint
-        return f"<div>{self.menu[self.chosen]['name']}</div>{paint(self.painted, self.tok, rows=1)}"
+        return f"<div>{escape(self.menu[self.chosen]['name'])}</div>{paint(self.painted, self.tok, rows=1)}"

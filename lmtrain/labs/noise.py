@@ -88,7 +88,7 @@ class NoiseLab(Lab):
 
     @property
     def noised(self) -> dict:
-        "What the upper half shows, computed in Python: ids, share that is hidden, and what a gap counts."
+        "What the upper half shows, in Python: ids, the share expected to change, a gap's weight; None if there is none."
         import torch
         from lmtrain.batch import Noise, collate
         from lmtrain.objectives.diffusion import Stopped
@@ -96,10 +96,12 @@ class NoiseLab(Lab):
         b, noise = collate([words_of(self.text, self.tok)]), Noise(self.seed)
         s, time = built(self.schedules[self.schedule]["schedule"]), max(self.t, 1e-3)
         far = torch.tensor(time, dtype=torch.float32)                                  # ()
-        share, weight = float(s.hidden(far)), float(s.weight(far))
+        hidden = float(s.hidden(far))
+        share = (hidden, hidden * (1 - 1 / len(range(*self.vocab))), None)[self.kind]
+        weight = float(s.weight(far)) if self.kind == 0 else None
         if self.kind == 0: ids = Stopped(self.mask, time, s).corrupt(b, noise).ids[0].tolist()
         elif self.kind == 1: ids = swapped(b, noise, range(*self.vocab), s, time)[0].tolist()
-        else: ids = gaussian(b.ids[0].tolist(), directions(self.vocab[1]), share, noise, b.answer[0].tolist())
+        else: ids = gaussian(b.ids[0].tolist(), directions(self.vocab[1]), hidden, noise, b.answer[0].tolist())
         return {"ids": ids, "share": share, "weight": weight}
 
     def picture(self) -> str:

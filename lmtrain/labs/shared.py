@@ -3,6 +3,7 @@ import json
 import re
 from dataclasses import fields, is_dataclass
 from functools import cache
+from html import escape
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -118,9 +119,9 @@ lab.render({ model, el: document.getElementById("lab") });
 
 def page(lab: Lab, title: str) -> str:
     "A lab as one HTML page: no kernel, no network, no other file."
-    state = json.dumps(lab.state, ensure_ascii=False).replace("</", "<\\/").replace("\u2028", "\\u2028")
+    state = json.dumps(lab.state).replace("<", "\\u003c")  # neither a tag nor a comment can begin inside the script
     code = esm(lab.name).replace("export default", "const lab =").replace("</script", "<\\/script")
-    return (f"<!doctype html>\n<html lang='en'><meta charset='utf-8'><title>{title}</title>"
+    return (f"<!doctype html>\n<html lang='en'><meta charset='utf-8'><title>{escape(title)}</title>"
             "<meta name='viewport' content='width=device-width'>"
             "<meta http-equiv='Content-Security-Policy' content=\"default-src 'none'; script-src 'unsafe-inline'; "
             "style-src 'unsafe-inline'; img-src data:\">"

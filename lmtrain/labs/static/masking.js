@@ -45,7 +45,7 @@ function after(model, tok) {
 /** An objective as Python. */
 function code(o) {
   const value = (v) => v === true ? "True" : v === false ? "False" : v === null || v === undefined ? "None" : Array.isArray(v)
-    ? `range(${v[0]}, ${v[1]})` : typeof v === "object" ? code(v) : String(v);
+    ? `range(${v[0]}, ${v[1]})` : v.ids ? `torch.tensor(${JSON.stringify(v.ids)})` : typeof v === "object" ? code(v) : String(v);
   if (o.kind === "Mix") return `Mix((${o.probs.join(", ")}), ${Object.entries(o.parts).map(([n, p]) => `${n}=${code(p)}`).join(", ")})`;
   return `${o.kind}(${Object.entries(o).filter(([n]) => n !== "kind").map(([n, v]) => `${n}=${value(v)}`).join(", ")})`;
 }
@@ -53,20 +53,22 @@ function code(o) {
 /** The lines that make the batch that is painted. */
 export function asCode(model) {
   const o = objectiveOf(model), kinds = new Set(JSON.stringify(o).match(/"kind":"(\w+)"/g).map((s) => s.slice(8, -1)));
-  const lines = ["from lmtrain.batch import Noise, collate"], seed = model.get("seed"), step = model.get("step");
+  const lines = ["import torch", "from lmtrain.batch import Noise, collate"], seed = model.get("seed"), step = model.get("step");
   for (const k of kinds) if (HOME[k]) lines.push(`from lmtrain.${HOME[k]} import ${k}`);
   if (o.kind === "SpanCorrupt") lines.push("from lmtrain.objective import PrefixLM", "from lmtrain.objectives.masked import span_corrupt");
   if (o.kind === "UL2") lines.push("from lmtrain.objective import PrefixLM", "from lmtrain.objectives.mixed import ul2");
   const python = (v) => (v === true ? "True" : v === false ? "False" : v), noise = `Noise(${seed}, ${model.get("epoch")})`;
-  if (step >= 0) return [...lines, "from lmtrain.train import Loader", "",
+  if (step >= 0) return [...lines, "from lmtrain.loader import Loader", "",
     `objective = ${code(o)}`, `loader = Loader(rows, objective, ..., seed=${seed})  # the rows and sizes of your loader`,
     `b = loader.make(next(job for k, (_, job) in enumerate(loader.jobs()) if k == ${step}))`].join("\n");
-  const text = JSON.stringify(model.get("text"));
-  if (HOME[o.kind]) return [...lines, "from lmtrain.objectives.masked import words_of", "",
+  const text = JSON.stringify(model.get("text")), own = ["from lmtrain.labs.masking import MaskingLab", ""];
+  const tok = "tok = MaskingLab().tok  # or the tokenizer that you gave the lab";
+  if (HOME[o.kind]) return [...lines, "from lmtrain.objectives.masked import words_of", ...own, tok,
     `b = ${code(o)}.corrupt(collate([words_of(${text}, tok)]), ${noise})`].join("\n");
+  const marks = o.kind === "UL2" ? `sentinels, modes = ${JSON.stringify(o.sentinels)}, ${JSON.stringify(o.modes)}` : `sentinels = ${JSON.stringify(o.sentinels)}`;
   const knobs = o.kind === "UL2" ? "modes" : `rate=${o.rate}, mean=${o.mean}, unbiased=${python(o.unbiased)}`;
-  return [...lines, "from lmtrain.text import examples", "", `e = next(iter(examples([${text}], tok, T=1000)))`,
-    `b = PrefixLM().corrupt(collate([${o.kind === "UL2" ? "ul2" : "span_corrupt"}(e, ${noise}, sentinels, ${knobs})]), Noise())`].join("\n");
+  return [...lines, "from lmtrain.text import examples", ...own, tok, marks, `e = next(iter(examples([${text}], tok, T=1000)))`,
+    `b = PrefixLM().corrupt(collate([${o.kind === "UL2" ? "ul2" : "span_corrupt"}(e, ${noise}, sentinels, ${knobs})]), ${noise})`].join("\n");
 }
 
 /** A slider or a switch for each field that has one. */

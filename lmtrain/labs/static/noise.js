@@ -13,23 +13,26 @@ export const KINDS = [
 
 let table; // the vectors of the tokens, made when they are first needed
 
-/** What is read at t: {ids, share, weight}. */
+/** What is read at t: {ids, share, weight}; the share of tokens that is expected to change, and what a gap counts, or null where there is no such number. */
 export function noised(state, tok) {
   const row = core.textRow(tok, state.text), noise = { seed: state.seed, epoch: 0 };
   const s = state.schedules[state.schedule].schedule, t = Math.max(state.t, 1e-3), far = Math.fround(t);
-  const share = core.hidden(s, far), weight = core.weight(s, far);
+  const hidden = core.hidden(s, far), weight = core.weight(s, far), K = state.vocab[1] - state.vocab[0];
+  const share = state.kind === 0 ? hidden : state.kind === 1 ? hidden * (1 - 1 / K) : null;
   if (state.kind === 0) return { row, ids: core.corrupt({ kind: "Stopped", mask_id: state.mask, t, schedule: s }, row, noise).ids, share, weight };
-  if (state.kind === 1) return { row, ids: core.swapped(row, noise, state.vocab, s, t), share, weight };
+  if (state.kind === 1) return { row, ids: core.swapped(row, noise, state.vocab, s, t), share, weight: null };
   table ??= core.directions(state.vocab[1], D);
-  return { row, ids: core.gaussian(row.ids, table, D, share, noise, row.answer), share, weight };
+  return { row, ids: core.gaussian(row.ids, table, D, hidden, noise, row.answer), share, weight: null };
 }
 
-function schedulePlot(state, share, weight) {
+function schedulePlot(state) {
   const s = state.schedules[state.schedule].schedule, ts = Array.from({ length: 60 }, (_, k) => Math.fround((k + 1) / 60));
-  return ui.plot({ x: [0, 1], y: [0, 4], at: state.t, xlabel: "t", ylabel: "share hidden, and what a gap counts",
-    title: `At t = ${state.t} a share of ${share.toFixed(3)} is hidden and a gap counts ${weight.toFixed(3)}.`,
-    lines: [{ name: "share hidden", points: ts.map((t) => [t, core.hidden(s, t)]) },
-            { name: "a gap counts", dash: "5 4", points: ts.map((t) => [t, Math.max(0, core.weight(s, t))]) }] });
+  const far = Math.fround(Math.max(state.t, 1e-3)), share = core.hidden(s, far), gaps = state.kind === 0;
+  const what = ["a share of tokens that is hidden", "a share of tokens that is drawn anew", "a share of each vector that is noise"][state.kind];
+  return ui.plot({ x: [0, 1], y: [0, 4], at: state.t, xlabel: "t", ylabel: gaps ? "share hidden, and a gap's loss weight" : "share of noise",
+    title: `At t = ${state.t}: ${what}, ${share.toFixed(3)}${gaps ? `; a gap has the loss weight ${core.weight(s, far).toFixed(3)}` : ""}.`,
+    lines: [{ name: gaps ? "share hidden" : "share of noise", points: ts.map((t) => [t, core.hidden(s, t)]) },
+            ...(gaps ? [{ name: "a gap's weight", dash: "5 4", points: ts.map((t) => [t, Math.max(0, core.weight(s, t))]) }] : [])] });
 }
 
 function tokens(box, row, ids, tok, mask) {
@@ -87,9 +90,11 @@ function render({ model, el }) {
   const above = () => {
     const now = state(), { row, ids, share, weight } = noised(now, tok), gone = ids.filter((v, k) => v !== row.ids[k]).length;
     about.textContent = KINDS[now.kind][1];
-    count.textContent = `${gone} of ${ids.length} tokens changed; ${(100 * share).toFixed(0)} % expected. A gap counts ${weight.toFixed(2)} in the loss.`;
+    const may = row.answer.filter(Boolean).length, hoped = share === null ? "" : `, ${(100 * share).toFixed(0)} % of ${may} expected`;
+    count.textContent = `${gone} of ${ids.length} tokens changed${hoped}. ${[`A gap has the weight ${weight?.toFixed(2)} in the loss.`,
+      "Every token is in the loss: which are noise, nobody says.", "A token changes when another's vector is nearer to what is left of its own."][now.kind]}`;
     t.show(now.t); kind.value = now.kind; schedule.value = now.schedule;
-    tokens(box, row, ids, tok, now.mask); curve.replaceChildren(schedulePlot(now, share, weight));
+    tokens(box, row, ids, tok, now.mask); curve.replaceChildren(schedulePlot(now));
   };
   for (const n of names) model.on(`change:${n}`, above);
   el.classList.add("lm-lab");
