@@ -324,6 +324,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'lmtrain.model.joined': ('0_core/model.html#joined', 'lmtrain/model.py'),
                                'lmtrain.model.load': ('0_core/model.html#load', 'lmtrain/model.py'),
                                'lmtrain.model.moved': ('0_core/model.html#moved', 'lmtrain/model.py'),
+                               'lmtrain.model.on': ('0_core/model.html#on', 'lmtrain/model.py'),
                                'lmtrain.model.rotate': ('0_core/model.html#rotate', 'lmtrain/model.py'),
                                'lmtrain.model.rotations': ('0_core/model.html#rotations', 'lmtrain/model.py'),
                                'lmtrain.model.save': ('0_core/model.html#save', 'lmtrain/model.py'),

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerFast
 
 # %% ../nbs/0_core/12_generate.ipynb #imports-4
 from .batch import Batch, Example, Noise, Trace, collate
-from .model import LM, Cache, Transformer, evaluating
+from .model import LM, Cache, Transformer, evaluating, on
 
 # %% ../nbs/0_core/12_generate.ipynb #choose
 def check_knobs(temperature: float, top_p: float = 1.0) -> None:
@@ -95,7 +95,8 @@ def fill(model: LM, ids: Tensor, todo: Tensor, mask_id: int, pick: Pick, tempera
     """
     check_knobs(temperature)
     if shifted and todo[:, 0].any(): raise ValueError("a causal model cannot write the first token of a row")
-    b = collate([Example(r) for r in ids.tolist()]).to(ids.device)
+    b = on(model, collate([Example(r) for r in ids.tolist()]))
+    ids, todo = ids.to(b.ids.device), todo.to(b.ids.device)                            # (B,T) (B,T)
     noise, todo, ids = Noise(seed), todo.clone(), ids.masked_fill(todo, mask_id)
     if not shifted: b = b.set(order=torch.zeros_like(ids))
     when, p, step = torch.zeros_like(ids), torch.ones(ids.shape, device=ids.device), 0  # (B,T) (B,T)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 # %% auto #0
 __all__ = ['Size', 'rotations', 'rotate', 'joined', 'Cache', 'attend', 'Attention', 'MLP', 'Layer', 'LM', 'Transformer',
-           'with_heads', 'evaluating', 'moved', 'config_of', 'to_transformers', 'without_unused_knobs',
+           'with_heads', 'evaluating', 'on', 'moved', 'config_of', 'to_transformers', 'without_unused_knobs',
            'check_weights_finite', 'written', 'save', 'headed', 'load']
 
 # %% ../nbs/0_core/05_model.ipynb #imports-2
@@ -220,8 +220,15 @@ def evaluating(*models: LM) -> Iterator[None]:
         for part, training in before: part.training = training  # a part that was frozen stays so
 
 
+def on(model: nn.Module, b: Batch) -> Batch:
+    "The batch where the model is: a batch is made on the CPU, a model may have been moved since."
+    p = next(model.parameters(), None)
+    return b if p is None or p.device == b.ids.device else b.to(p.device)
+
+
 def moved(model: LM, b: Batch, j: int) -> Tensor:
     "Which hidden states change when token `j` of every row is replaced: (B,T) bool."
+    b = on(model, b)
     other = b.ids.clone(); other[:, j] = torch.where(other[:, j] > 0, other[:, j] - 1, 1)  # (B,T)
     with evaluating(model): return (model(b.set(ids=other)) - model(b)).abs().amax(-1) > 0
 

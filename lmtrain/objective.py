@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 # %% ../nbs/0_core/07_objective.ipynb #imports-4
 from .batch import Batch, Example, Noise, collate, starts
-from .model import LM, evaluating
+from .model import LM, evaluating, on
 from .pretrained import Pretrained
 
 # %% ../nbs/0_core/07_objective.ipynb #shift
@@ -41,6 +41,7 @@ def hide(b: Batch, hit: Tensor, mask_id: int) -> Batch:
 # %% ../nbs/0_core/07_objective.ipynb #nll
 def nll(model: LM, b: Batch, forbid: tuple[int, ...] = (), temperature: float = 1.0) -> Tensor:
     "Negative log-likelihood in nats of the target at each of `b.loss_positions`; 0 at its filling. (N,) float."
+    b = on(model, b)
     h = model(b).flatten(0, 1)[b.loss_positions]                                       # (N,D)
     logits = model.head(h).float()                                                     # (N,V)
     if temperature != 1.0: logits = logits / temperature                               # (N,V)
@@ -51,6 +52,7 @@ def nll(model: LM, b: Batch, forbid: tuple[int, ...] = (), temperature: float = 
 # %% ../nbs/0_core/07_objective.ipynb #logp
 def logp(model: LM, b: Batch, temperature: float = 1.0) -> Tensor:
     "Log-probability of each target, 0 outside the loss: (B,T) float."
+    b = on(model, b)
     out = torch.zeros(b.ids.numel(), device=b.ids.device)                              # (B*T,)
     return out.index_add(0, b.loss_positions.clamp(min=0), -nll(model, b, (), temperature)).view_as(b.ids)  # (B,T)
 
@@ -85,6 +87,7 @@ class Objective:
 
     def loss(self, model: LM, b: Batch) -> dict[str, Tensor]:
         "Weighted sums of the terms, in nats: scalars."
+        b = on(model, b)
         return {self.name: (b.weights.flatten()[b.loss_positions] * nll(model, b, self.forbid)).sum()}
 
 # %% ../nbs/0_core/07_objective.ipynb #clm
@@ -129,7 +132,7 @@ class annotated:
 
     def columns(self, b: Batch) -> dict[str, Tensor]:
         "What each model says of the batch: (B,T) each."
-        with evaluating(*self.models.values()): return {n: logp(m, b) for n, m in self.models.items()}
+        with evaluating(*self.models.values()): return {n: logp(m, b).to(b.ids.device) for n, m in self.models.items()}
 
     def __iter__(self) -> Iterator[Batch]:
         for b in self.batches: yield b.with_extra(**self.columns(b))

@@ -2,6 +2,7 @@
 import asyncio
 import base64
 import json
+import time
 from copy import deepcopy
 from typing import Any
 
@@ -38,7 +39,7 @@ class Learner:
     def step(self) -> list[float]:
         "One step: [number, loss in nats a token]."
         self.trainer.task.train()
-        row = self.trainer.one(next(self.windows))
+        row = self.trainer.one(next(self.windows), time.perf_counter())
         return [row["step"], row["loss"]]
 
     def score(self) -> list[float]:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 # %% ../../nbs/1_objectives/03_diffusion.ipynb #imports-4
 from ..batch import Batch, Example, Noise, collate, folded
-from ..model import LM, evaluating
+from ..model import LM, evaluating, on
 from ..objective import Objective, hide, nll
 from ..text import Rows
 
@@ -109,6 +109,7 @@ class Bounded(Objective):
 
     def terms(self, model: LM, b: Batch) -> Tensor:
         "The weighted loss at each of `b.loss_positions`, in nats: (N,)."
+        b = on(model, b)
         return b.weights.flatten()[b.loss_positions] * nll(model, b, self.forbid)      # (N,)
 
     def counted(self, b: Batch) -> Tensor: return b.answer & (b.doc > 0)               # (B,T)
@@ -199,7 +200,7 @@ def nelbo(model: LM, b: Batch, objective: Bounded, draws: int = 16, noise: Noise
     "The bound of each row by `draws` draws from the objective, least noisy with `exact_k`. Nie et al. (2025)."
     rows = []
     for d in range(draws):
-        q = objective.corrupt(b, replace(noise, epoch=noise.epoch + d))
+        q = on(model, objective.corrupt(b, replace(noise, epoch=noise.epoch + d)))
         row = q.loss_positions.clamp(min=0) // q.ids.shape[1]                          # (N,)
         with evaluating(model): each = objective.terms(model, q).double().masked_fill(q.loss_positions < 0, 0.0)  # (N,)
         rows.append(each.new_zeros(len(b)).index_add(0, row, each))                    # (B,)
@@ -262,6 +263,7 @@ class Uniform(Bounded):
                      weights=torch.where(may, rate, 0.0)).with_extra(alpha=alpha)
 
     def terms(self, model: LM, b: Batch) -> Tensor:
+        b = on(model, b)
         at, first, K = b.loss_positions.clamp(min=0), self.vocab[0], len(self.vocab)   # (N,)
         logits = model.head(model(b).flatten(0, 1)[at]).float()[:, first:first + K]    # (N,K)
         x, z = ((c.flatten()[at] - first).clamp(0, K - 1) for c in (b.targets, b.ids))  # (N,) (N,)

@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerFast
 # %% ../../nbs/1_objectives/01_masked.ipynb #imports-4
 from ..batch import Batch, Example, Noise, starts
 from ..text import Ids, among, nth
-from ..model import LM, Cache
+from ..model import LM, Cache, on
 from ..objective import Objective, hide, shift
 
 # %% ../../nbs/1_objectives/01_masked.ipynb #candidates
@@ -277,7 +277,7 @@ class RTD(Objective):
 
     def loss(self, model: LM, b: Batch) -> dict[str, Tensor]:
         if not hasattr(model, "generator"): raise TypeError("RTD needs two models: Electra(generator, discriminator)")
-        pair = cast(Electra, model)
+        pair, b = cast(Electra, model), on(model, b)
         logits = pair.generator.head(pair.generator(b).flatten(0, 1)[b.loss_positions]).float()  # (N,V)
         targets = b.targets.flatten()[b.loss_positions].masked_fill(b.loss_positions < 0, -100)  # (N,)
         fake = forged(b, drawn(logits, b.extra["dice"].flatten()[b.loss_positions]))

@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerFast
 
 # %% ../../nbs/1_objectives/02_mixed.ipynb #imports-4
 from ..batch import Batch, Example, Noise
-from ..model import LM
+from ..model import LM, on
 from ..objective import Objective, nll
 from .masked import span_corrupt
 
@@ -141,6 +141,7 @@ class Mix(Objective):
         return dict(zip(self.parts, self._weights(b)[1].sum(0), strict=True))
 
     def loss(self, model: LM, b: Batch) -> dict[str, Tensor]:
+        b = on(model, b)
         row = b.loss_positions // b.ids.shape[1]                                       # (N,) -1 where it is filling
         each = b.weights.flatten()[b.loss_positions] * self._weights(b)[0][row] * nll(model, b, self.forbid)  # (N,)
         own = b.extra["part"][row]                                                     # (N,)
@@ -212,7 +213,7 @@ class Parts(Objective):
         return {t: v for n, o in self.parts.items() for t, v in termed(n, o.count(b)).items()}
 
     def loss(self, model: LM, b: Batch) -> dict[str, Tensor]:
-        once = cast(LM, Once(model))
+        once, b = cast(LM, Once(model)), on(model, b)
         scaled = zip(self.parts.items(), self.scale, strict=True)
         return {t: v for (n, o), s in scaled for t, v in termed(n, o.loss(once, b), s).items()}
 
