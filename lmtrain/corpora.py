@@ -6,9 +6,9 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['PACKAGES', 'xz_bits', 'shingles', 'joined', 'near_duplicates', 'coin', 'held_out', 'docstrings', 'harvest', 'cached',
-           'python_docs', 'catalogue', 'fetch', 'lines', 'read_wheel', 'from_catalogue', 'find', 'corpus', 'Api',
-           'public', 'signature', 'apis', 'Links', 'mentions', 'link_graph']
+__all__ = ['PACKAGES', 'xz_bits', 'shingles', 'components', 'near_duplicates', 'coin', 'held_out', 'docstrings', 'harvest',
+           'cached', 'python_docs', 'catalogue', 'fetch', 'lines', 'read_wheel', 'from_catalogue', 'find', 'corpus',
+           'Api', 'public', 'signature', 'apis', 'Links', 'mentions', 'link_graph']
 
 # %% ../nbs/0_core/04_corpora.ipynb #imports-2
 import ast, errno, hashlib, importlib, importlib.util, inspect, json, lzma, os, re
@@ -52,7 +52,7 @@ def shingles(text: str, n: int, numbers: dict[str, int]) -> np.ndarray:
     return np.unique(runs)
 
 # %% ../nbs/0_core/04_corpora.ipynb #shared-runs
-def joined(n: int, pairs: Iterable[tuple[int, int]]) -> list[int]:
+def components(n: int, pairs: Iterable[tuple[int, int]]) -> list[int]:
     "For each of `n` things the first of those that pairs join it to, directly or through others."
     group = list(range(n))
     def first(i: int) -> int:
@@ -79,7 +79,7 @@ def near_duplicates(texts: Sequence[str], n: int = 13) -> list[int]:
     keys, docs = keys[told], docs[told]
     order = np.lexsort((docs, keys)); keys, docs = keys[order], docs[order]
     same = keys[1:] == keys[:-1]
-    return joined(len(texts), np.unique(np.stack([docs[:-1][same], docs[1:][same]], 1), axis=0).tolist())
+    return components(len(texts), np.unique(np.stack([docs[:-1][same], docs[1:][same]], 1), axis=0).tolist())
 
 # %% ../nbs/0_core/04_corpora.ipynb #held-out
 def coin(text: str) -> float:

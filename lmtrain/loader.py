@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['Unit', 'Change', 'BLOCK', 'numbered', 'sized', 'evenly', 'units', 'shared', 'Bins', 'described', 'digest', 'recorded',
-           'Loader']
+__all__ = ['Unit', 'Change', 'BLOCK', 'numbered', 'sized', 'evenly', 'units', 'shared', 'Bins', 'described', 'digest',
+           'loader_record', 'Loader']
 
 # %% ../nbs/0_core/09_loader.ipynb #imports-2
 import hashlib
@@ -119,7 +119,7 @@ def digest(items: Sequence | Iterable, some: int = 16) -> str:
     return f"{n:,} items, {mix.hexdigest()}"
 
 
-def recorded(bins: Bins, objective: Objective, pad: int) -> dict[str, Any]:
+def loader_record(bins: Bins, objective: Objective, pad: int) -> dict[str, Any]:
     "What a loader's batches depend on, as numbers and text: loaders with the same record make the same batches."
     return {"rows": bins.rows, "T": bins.T, "pad": pad, "pack": bins.pack, "seed": bins.seed,
             "objective": described(objective), "change": described(bins.change), "data": digest(bins.items)}
@@ -185,7 +185,7 @@ class Loader:
             self.epoch, self.used = ends.pop(0)
             yield b
 
-    def record(self) -> dict[str, Any]: return recorded(self.bins, self.objective, self.pad)
+    def record(self) -> dict[str, Any]: return loader_record(self.bins, self.objective, self.pad)
 
     def state_dict(self) -> dict[str, int]: return {"epoch": self.epoch, "used": self.used}
 

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['class_of', 'from_tokenizer', 'read', 'longer', 'opened', 'roomy', 'Job', 'parts', 'continued', 'go_on', 'train',
+__all__ = ['class_of', 'from_tokenizer', 'read', 'longer', 'opened', 'roomy', 'Job', 'model_of', 'continued', 'go_on', 'train',
            'rehearse', 'finish']
 
 # %% ../nbs/8_tour/02_run.ipynb #imports-2
@@ -157,7 +157,7 @@ class Job:
         write(out / "job.json", json.dumps(asdict(self), indent=2) + "\n")
 
 # %% ../nbs/8_tour/02_run.ipynb #tokenizer-of
-def parts(job: Job, out: Path, texts: list[str], accelerator: Accelerator) -> tuple[LM, PreTrainedTokenizerFast]:
+def model_of(job: Job, out: Path, texts: list[str], accelerator: Accelerator) -> tuple[LM, PreTrainedTokenizerFast]:
     "The model and the tokenizer; a new tokenizer is made by the first rank, once, and kept in `out`."
     torch.manual_seed(job.seed)
     if job.model and not job.model.startswith("Size("): return opened(job.model, job.length)
@@ -214,7 +214,7 @@ def train(job: Job, out: str | Path, say: Callable[[str], object] = print) -> Hi
     out.mkdir(parents=True, exist_ok=True)
     with accelerator.main_process_first(): splits = corpus(job.data, job.column, lines=job.lines)
     texts, held_texts = splits["train"]["text"][:], splits["validation"]["text"][:]
-    model, tok = parts(job, out, texts, accelerator)
+    model, tok = model_of(job, out, texts, accelerator)
     objective = read(job.objective, tok)
     rows, held = (examples(t, tok, job.length) for t in (texts, held_texts))
     loader = Loader(rows, objective, job.rows, job.length, pack=True, seed=job.seed, pad=tok.pad_token_id or 0)

@@ -187,6 +187,16 @@ def too_long(text: str) -> list[str]:
     return found
 
 
+def test_a_name_is_one_function():
+    "No two chapters export the same name, so that a name in the text is one thing. Control: two that did are seen."
+    def twice(modules: dict[str, str]) -> set[str]:
+        found = [n.name for code in modules.values() for n in ast.parse(code).body if isinstance(n, ast.FunctionDef | ast.ClassDef)]
+        return {n for n in found if found.count(n) > 1 and not n.startswith("_")}
+    chapters = {name_of(p): p.read_text() for p in MODULES if has_notebook(p) and "experiments" not in p.parts}
+    assert not twice(chapters)
+    assert twice(chapters | {"more": "def kept(): pass", "again": "def kept(): pass"}) == {"kept"}
+
+
 def test_modules_are_short():
     "About 300 lines of code a module, 25 a function; one line more, the negative control, is seen."
     for p in MODULES:

@@ -171,3 +171,19 @@ def test_command_line(tmp_path):
     told = json.loads(done.stdout)
     assert {*told} == {"samplers"} and all(told["samplers"]["verdict"]["checks"].values()) and told["samplers"]["rows"]
     assert (tmp_path / "r" / "README.md").exists()
+
+
+def test_what_is_kept_is_of_todays_code_and_drawn():
+    "Every experiment has three kept runs of its code as it is; its notebook draws them, and asserts its smoke run and draws nothing of it."
+    import json
+    from pathlib import Path
+    from lmtrain.claims import recorded
+    from lmtrain.reproduce import code_of, names
+    root = Path(__file__).parent.parent
+    for name in names():
+        rows, origin = recorded(name)
+        assert {r["seed"] for r in rows} == {0, 1, 2} and f"code {code_of(name)}" in origin and "size 1" in origin, name
+        cells = {c["id"]: "".join(c["source"]) for c in json.loads((root / "nbs/7_experiments" / f"{name.replace('-', '_')}.ipynb").read_text())["cells"]}
+        assert f'recorded("{name}")' in cells["live"] and "plot(rows)" in cells["live"]
+        assert "assert all(verdict(smoke).checks.values())" in cells["smoke"] and "plot" not in cells["smoke"]
+    with pytest.raises(FileNotFoundError, match="no run of 'nothing' is kept"): recorded("nothing")

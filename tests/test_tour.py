@@ -303,3 +303,26 @@ def test_pictures_say_what_is_asked():
     cost = -logp(model, asked)[0].detach() / math.log(2)                               # (T,)
     said = [float(x) for x in module.re.findall(r"title='([\d.]+) bits", paint_loss(model, asked, tok))]
     assert np.allclose(said, cost[asked.weights[0] > 0], atol=.006)
+
+
+def test_a_pace_that_was_wrong_is_said(papers, tmp_path, monkeypatch):
+    "A machine that was busy while it was measured: the number of steps is kept, and the report of the time says so. Control: a right pace is silent."
+    for pace, wrong in ((1.5, True), (None, False)):
+        said: list[str] = []
+        with monkeypatch.context() as m:
+            if pace: m.setattr(module, "seconds_per_step", lambda *_, pace=pace: pace)
+            else: m.setattr(module, "go_on", exact(module.go_on))
+            s = tour(str(papers), minutes=.2 if pace else None, steps=None if pace else 4, out=tmp_path / str(pace), sizes=TINY, say=said.append)
+        assert s.total == (8 if pace else 4)
+        assert any("where 0.2 were planned" in line for line in said) == wrong
+        assert any("the number of steps is kept" in line for line in said)
+
+
+def exact(go_on):
+    "A run whose every step took what was planned."
+    def planned(trainer, out, *a, **k):
+        seen = go_on(trainer, out, *a, **k)
+        pace = json.loads((out / "plan.json").read_text())["seconds_per_step"]
+        for row in trainer.history.rows: row["seconds"] = pace
+        return seen
+    return planned
