@@ -328,6 +328,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'lmtrain.model.rotate': ('0_core/model.html#rotate', 'lmtrain/model.py'),
                                'lmtrain.model.rotations': ('0_core/model.html#rotations', 'lmtrain/model.py'),
                                'lmtrain.model.save': ('0_core/model.html#save', 'lmtrain/model.py'),
+                               'lmtrain.model.shifts': ('0_core/model.html#shifts', 'lmtrain/model.py'),
                                'lmtrain.model.to_transformers': ('0_core/model.html#to_transformers', 'lmtrain/model.py'),
                                'lmtrain.model.with_heads': ('0_core/model.html#with_heads', 'lmtrain/model.py'),
                                'lmtrain.model.without_unused_knobs': ('0_core/model.html#without_unused_knobs', 'lmtrain/model.py'),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 # %% auto #0
 __all__ = ['Size', 'rotations', 'rotate', 'joined', 'Cache', 'attend', 'Attention', 'MLP', 'Layer', 'LM', 'Transformer',
-           'with_heads', 'evaluating', 'on', 'moved', 'config_of', 'to_transformers', 'without_unused_knobs',
+           'with_heads', 'evaluating', 'on', 'shifts', 'moved', 'config_of', 'to_transformers', 'without_unused_knobs',
            'check_weights_finite', 'written', 'save', 'headed', 'load']
 
 # %% ../nbs/0_core/05_model.ipynb #imports-2
@@ -226,11 +226,16 @@ def on(model: nn.Module, b: Batch) -> Batch:
     return b if p is None or p.device == b.ids.device else b.to(p.device)
 
 
-def moved(model: LM, b: Batch, j: int) -> Tensor:
-    "Which hidden states change when token `j` of every row is replaced: (B,T) bool."
+def shifts(model: LM, b: Batch, j: int) -> Tensor:
+    "How far each hidden state moves, in its largest number, when token `j` of every row is replaced: (B,T) float."
     b = on(model, b)
     other = b.ids.clone(); other[:, j] = torch.where(other[:, j] > 0, other[:, j] - 1, 1)  # (B,T)
-    with evaluating(model): return (model(b.set(ids=other)) - model(b)).abs().amax(-1) > 0
+    with evaluating(model): return (model(b.set(ids=other)) - model(b)).abs().amax(-1)  # (B,T)
+
+
+def moved(model: LM, b: Batch, j: int) -> Tensor:
+    "Which hidden states change when token `j` of every row is replaced: (B,T) bool."
+    return shifts(model, b, j) > 0                                                     # (B,T)
 
 # %% ../nbs/0_core/05_model.ipynb #to-transformers
 def config_of(s: Size) -> Qwen3Config:

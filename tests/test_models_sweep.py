@@ -8,7 +8,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks.models import sweep, verdict  # noqa: E402
 
 DOZEN = {"gpt2": "agrees", "llama": "agrees", "mistral": "agrees", "gemma2": "agrees", "granite": "agrees", "mpt": "agrees", "phi3": "agrees", "bert": "agrees",
-         "roberta": "agrees", "distilbert": "agrees", "modernbert": "agrees", "mamba": "refused"}
+         "roberta": "agrees", "distilbert": "agrees", "modernbert": "agrees", "qwen3_moe": "agrees", "mamba": "refused"}
 
 
 @pytest.mark.parametrize("kind", DOZEN)
