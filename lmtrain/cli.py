@@ -8,6 +8,7 @@ import errno
 import io
 import os
 import sys
+import warnings
 from typing import Annotated, Optional
 
 import typer
@@ -212,6 +213,7 @@ def _explained(e: BaseException) -> str:
 def main() -> None:
     "Run a command; 0 is fine, 1 an error, 2 a wrong command line, 130 stopped by Ctrl-C."
     debug, words = "--debug" in sys.argv[1:], [w for w in sys.argv[1:] if w != "--debug"]
+    warnings.formatwarning = lambda message, *_, **__: f"lmtrain: {message}\n"  # one line, as errors are
     for stream in (sys.stdout, sys.stderr):  # a letter that a terminal has not is a question mark there, and no error
         if isinstance(stream, io.TextIOWrapper): stream.reconfigure(errors="replace")
     try:

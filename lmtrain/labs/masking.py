@@ -1,4 +1,4 @@
-"The masking lab: what an objective asks of a text, or of the very batches that a model is trained on."
+"The masking lab: what an objective makes of a text, or of the very batches that a model is trained on."
 import json
 from typing import Any
 
@@ -9,22 +9,22 @@ from .shared import Lab, built, described
 
 LINEAR = {"kind": "Schedule", "eps": 1e-3}
 ABOUT = {
-    "Causal (CLM)": "Every token is asked for the next one, and sees only what is to its left.",
+    "Causal (CLM)": "Each label is the next token; a token sees only what is to its left.",
     "Masked (MLM)": "Some tokens are hidden; all see both sides. Of the hidden, some stay readable, some are swapped.",
     "Whole words": "Masked, but a word is hidden as a whole or not at all.",
     "Spans": "Masked, in runs of random length.",
-    "Masked, shifted (MNTP)": "Masked, but the token before gives the answer, as in a causal model.",
+    "Masked, shifted (MNTP)": "Masked, but each label stands one position early, as in a causal model.",
     "Prefix": "A beginning is read both ways, the rest is causal.",
-    "Mixed": "Each row draws one of two questions.",
+    "Mixed": "Each row draws one of two objectives.",
     "Diffusion": "Hidden at a rate t; the fewer are hidden, the more each counts.",
     "Uniform noise": "Some tokens become random ones, and the model is not told which.",
     "Block diffusion": "Diffusion inside blocks, causal between them. The clean text stands behind the noised one.",
-    "T5 spans": "Spans are cut out and put behind the text, where they are asked for.",
+    "T5 spans": "Spans are cut out and put behind the text, where they are the labels.",
     "UL2": "One of seven ways to hide, behind a token that tells its kind (R, S or X)."}
 
 
 def menu(mask: int, regular_ids: list[int], marks: list[int]) -> list[dict]:
-    "The questions that the lab knows: name, a sentence, objective as JSON; written out, so nothing is imported."
+    "The objectives that the lab knows: name, a sentence, objective as JSON; written out, so nothing is imported."
     mlm = {"kind": "MLM", "mask_id": mask, "regular_ids": regular_ids, "rate": 0.3, "keep": 0.1, "swap": 0.1,
            "shifted": False, "words": False}
     early = mlm | {"shifted": True}
@@ -73,7 +73,7 @@ def alone(b: Any) -> Any:
 
 
 def batches(loader: Any, steps: int, rows: int) -> list[dict]:
-    "The next batches of a loader before its objective asks: [{epoch, rows}, ...]."
+    "The next batches of a loader before its objective: [{epoch, rows}, ...]."
     out = []
     for k in range(steps):
         b, noise = loader.peek(k)
@@ -82,7 +82,7 @@ def batches(loader: Any, steps: int, rows: int) -> list[dict]:
 
 
 class MaskingLab(Lab):
-    """What an objective asks: inputs, targets, weights and who sees whom, on any text or on a loader's batches.
+    """What an objective makes: inputs, labels, weights and attention, on any text or on a loader's batches.
 
     `tok` is a tokenizer of `train_bpe` or `train_chars`; by default one that comes with the lab. With `loader`, its
     objective is the first of the menu and its next `steps` batches can be gone through; what is painted for one is the
@@ -108,7 +108,7 @@ class MaskingLab(Lab):
         marks = [a["id"] for a in whole["added_tokens"] if a["content"].startswith("<|cut")]
         listed, next_ones = menu(known["<|mask|>"], [last + 1, size], marks), []
         if loader is not None:
-            listed = [{"name": "the loader's", "about": "What this loader asks.",
+            listed = [{"name": "the loader's", "about": "The objective of this loader.",
                        "objective": described(loader.objective)}, *listed]
             next_ones, seed = batches(loader, steps, rows), loader.seed
         super().__init__(tokenizer=json.dumps(whole), menu=listed, text=text, batches=next_ones, seed=seed,

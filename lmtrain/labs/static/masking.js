@@ -9,7 +9,7 @@ const KNOBS = {
   cut: ["cut: the longest prefix, a share of the text", 0.05, 1, 0.01], p: ["p: the larger, the shorter the spans", 0.05, 0.95, 0.05],
   longest: ["longest span", 1, 20, 1], mean: ["mean length of a span", 1, 10, 0.5], block: ["tokens in a block", 1, 32, 1],
 };
-const SWITCHES = { words: "whole words", shifted: "answered one place early", unbiased: "any token may be hidden" };
+const SWITCHES = { words: "whole words", shifted: "labels one position early", unbiased: "any token may be hidden" };
 const HOME = { CLM: "objective", PrefixLM: "objective", MLM: "objectives.masked", Spans: "objectives.masked", Mix: "objectives.mixed",
   Diffusion: "objectives.diffusion", Stopped: "objectives.diffusion", Uniform: "objectives.diffusion",
   BlockDiffusion: "objectives.diffusion", Schedule: "objectives.diffusion", Cosine: "objectives.diffusion",
@@ -30,7 +30,7 @@ function before(model, tok) {
   return { row: core.textRow(tok, model.get("text")), noise };
 }
 
-/** What is read, must be said and counts: the row after the objective. Throws a sentence if it cannot be. */
+/** Inputs, labels and loss weights: the row after the objective. Throws a sentence if it cannot be. */
 function after(model, tok) {
   const o = objectiveOf(model), { row, noise } = before(model, tok);
   if (o.words && !row.extra.word) throw new Error("whole words need a column `word`: make the examples with words_of");
@@ -90,22 +90,22 @@ function controls(model, box) {
   box.replaceChildren(...parts);
 }
 
-const WAYS = { "": "read as it is", mask: "hidden", swap: "replaced by another token", keep: "asked for, but left as it is" };
+const WAYS = { "": "read as it is", mask: "hidden", swap: "replaced by another token", keep: "in the loss, but left as it is" };
 
-/** One token's column: what is read, what must be said, how much it counts. */
+/** One token's column: input, label, loss weight. */
 function cell(row, t, tok) {
-  const asked = row.weights[t] !== 0, changed = row.ids[t] !== row.clean[t], w = row.weights[t];
-  const way = !changed ? (asked && row.order.every((o) => o === 0) && row.targets[t] === row.ids[t] ? "keep" : "") :
+  const inLoss = row.weights[t] !== 0, changed = row.ids[t] !== row.clean[t], w = row.weights[t];
+  const way = !changed ? (inLoss && row.order.every((o) => o === 0) && row.targets[t] === row.ids[t] ? "keep" : "") :
     tok.specials["<|mask|>"] === row.ids[t] ? "mask" : "swap";
   const reads = way === "mask" ? "▒▒" : tok.shown(row.ids[t]);
-  const tip = `${t}: reads ${tok.shown(row.ids[t])} (${WAYS[way]})${asked ? `, must say ${tok.shown(row.targets[t])}, counts ${w.toPrecision(3)}` : ", not asked"}`;
-  const weight = !asked ? "·" : w === 1 ? "1" : w >= 100 ? w.toFixed(0) : String(Number(w.toPrecision(2)));
-  return h("div", { class: `lm-token lm-${way || "clean"}${asked ? " lm-asked" : ""}${row.doc[t] ? "" : " lm-pad"}`, title: tip, "data-t": t,
-    "data-id": row.ids[t], "data-target": row.targets[t], "data-weight": w }, h("b", {}, reads), h("i", {}, asked ? tok.shown(row.targets[t]) : "\u00a0"),
+  const tip = `${t}: reads ${tok.shown(row.ids[t])} (${WAYS[way]})${inLoss ? `, label ${tok.shown(row.targets[t])}, weight ${w.toPrecision(3)}` : ", not in the loss"}`;
+  const weight = !inLoss ? "·" : w === 1 ? "1" : w >= 100 ? w.toFixed(0) : String(Number(w.toPrecision(2)));
+  return h("div", { class: `lm-token lm-${way || "clean"}${inLoss ? " lm-loss" : ""}${row.doc[t] ? "" : " lm-pad"}`, title: tip, "data-t": t,
+    "data-id": row.ids[t], "data-target": row.targets[t], "data-weight": w }, h("b", {}, reads), h("i", {}, inLoss ? tok.shown(row.targets[t]) : "\u00a0"),
     h("small", {}, weight));
 }
 
-/** Who sees whom: a point for each pair, on a canvas. */
+/** The attention mask: a point for each pair, on a canvas. */
 function matrix(canvas, row, active) {
   const T = row.ids.length, may = core.sees(row), scale = Math.max(1, Math.floor(320 / T)), c = canvas.getContext("2d");
   canvas.width = canvas.height = T * scale;
@@ -122,7 +122,7 @@ function matrix(canvas, row, active) {
     from = j + 1;
   }
   if (active >= 0) { c.globalAlpha = 0.45; c.fillStyle = hot; c.fillRect(0, active * scale, T * scale, scale); c.globalAlpha = 1; }
-  canvas.setAttribute("aria-label", `Who sees whom: ${pairs} of ${T * T} pairs. A row is a token that reads, a column one that is read.`);
+  canvas.setAttribute("aria-label", `Attention mask: ${pairs} of ${T * T} pairs. A row is a token that attends, a column one that is attended to.`);
   return pairs;
 }
 
@@ -131,8 +131,8 @@ function paint(model, tok, view) {
   let row;
   try { row = after(model, tok); } catch (e) { view.count.textContent = e.message; view.tokens.replaceChildren(); view.row = null; return; }
   view.row = row;
-  const asked = row.weights.filter((w) => w !== 0).length, real = row.doc.filter(Boolean).length;
-  view.count.textContent = `${asked} of ${real} tokens asked. Who guesses blindly pays ln ${tok.size} = ${Math.log(tok.size).toFixed(1)} nats for each.`;
+  const inLoss = row.weights.filter((w) => w !== 0).length, real = row.doc.filter(Boolean).length;
+  view.count.textContent = `${inLoss} of ${real} tokens in the loss. A uniform guess costs ln ${tok.size} = ${Math.log(tok.size).toFixed(1)} nats for each.`;
   view.tokens.replaceChildren(...row.ids.map((_, t) => cell(row, t, tok)));
   view.pairs = matrix(view.canvas, row, -1);
 }
@@ -153,10 +153,10 @@ function point(view, t) {
 function render({ model, el }) {
   const tok = core.tokenizer(JSON.parse(model.get("tokenizer"))), menu = model.get("menu"), batches = model.get("batches");
   const put = (name, value) => { model.set(name, value); model.save_changes(); };
-  const view = { active: -1, count: h("p", { class: "lm-count", "aria-live": "polite" }), tokens: h("div", { class: "lm-tokens", role: "group", "aria-label": "Tokens: what is read, what must be said, how much it counts" }),
+  const view = { active: -1, count: h("p", { class: "lm-count", "aria-live": "polite" }), tokens: h("div", { class: "lm-tokens", role: "group", "aria-label": "Tokens: input, label, loss weight" }),
     canvas: h("canvas", { role: "img", class: "lm-matrix" }) };
   const about = h("p", { class: "lm-about" }), knobs = h("div", { class: "lm-knobs" });
-  const select = h("select", { "aria-label": "What is asked", onchange: (e) => { model.set("values", {}); put("chosen", Number(e.target.value)); } },
+  const select = h("select", { "aria-label": "Objective", onchange: (e) => { model.set("values", {}); put("chosen", Number(e.target.value)); } },
     ...menu.map((m, n) => h("option", { value: n, selected: n === model.get("chosen") }, m.name)));
   const text = h("textarea", { rows: 2, "aria-label": "Your text", spellcheck: "false", oninput: (e) => put("text", e.target.value) });
   text.value = model.get("text");
@@ -180,7 +180,7 @@ function render({ model, el }) {
   el.classList.add("lm-lab");
   el.append(h("div", { class: "lm-bar" }, select, ...(batches.length ? [source, rowOf] : []), number("seed", "seed "), number("epoch", "epoch "), copy, copied),
     text, about, knobs, view.count, h("div", { class: "lm-main" }, h("div", {}, h("p", { class: "lm-legend" },
-      h("b", {}, "what is read"), ", ", h("i", {}, "what must be said"), ", ", h("small", {}, "how much it counts"), " — ▒▒ hidden, ",
+      h("b", {}, "input"), ", ", h("i", {}, "label"), ", ", h("small", {}, "loss weight"), " — ▒▒ hidden, ",
       h("span", { class: "lm-key lm-swap" }, "replaced"), ", ", h("span", { class: "lm-key lm-keep" }, "left as it is")), view.tokens), view.canvas), area);
   const all = () => {
     about.textContent = menu[model.get("chosen")].about;

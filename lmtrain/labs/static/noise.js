@@ -7,7 +7,7 @@ const { h } = ui;
 const D = 16; // numbers of a token's vector
 
 export const KINDS = [
-  ["hidden (absorbing)", "Each token is hidden once t passes its number. A model sees the gaps, and is asked for what was there."],
+  ["hidden (absorbing)", "Each token is hidden once t passes its number. A model sees the gaps; the labels are what was there."],
   ["swapped (uniform)", "Each token becomes a random one once t passes its number. Nothing tells the model which: it must doubt all."],
   ["shaken (Gaussian)", `Each token is a vector of ${D} numbers that is mixed with noise. What you read is the token whose vector is nearest.`]];
 
