@@ -277,3 +277,15 @@ def test_two_models_are_saved_one_by_one(tmp_path):
     pair = Electra(*(Transformer(Size(300, 16, 2, layers=1)) for _ in range(2)))
     with pytest.raises(TypeError, match="an? Electra has no directory of its own: save the model inside it"): save(pair, train_bpe(TEXT[:3], 300), tmp_path / "m")
     assert not list(tmp_path.glob("m*"))
+
+
+def test_room_of_a_model_is_said(text, tmp_path):
+    "RoBERTa's 64 positions have room for 62 tokens: --length 64 is one line with the right number, and 62 trains."
+    from transformers import RobertaConfig, RobertaForMaskedLM
+    tok = train_bpe(TEXT[:3], vocab_size=300)
+    net = RobertaForMaskedLM(RobertaConfig(vocab_size=300, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
+                                           max_position_embeddings=64, pad_token_id=1, bos_token_id=0, eos_token_id=2))
+    net.save_pretrained(tmp_path / "roberta"); tok.save_pretrained(tmp_path / "roberta")
+    job = {"objective": "MLM()", "model": str(tmp_path / "roberta"), "data": text, "steps": 1, "rows": 2, "lr": 1e-3}
+    with pytest.raises(ValueError, match="this model reads 62: give --length 62"): train(Job(**job, length=64), tmp_path / "run", print)
+    assert len(train(Job(**job, length=62), tmp_path / "run", print)) == 1
