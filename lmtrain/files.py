@@ -75,8 +75,8 @@ def check_letters(path: Path) -> None:
                 if not part: break
                 at += len(part)
     except UnicodeDecodeError as e:
-        raise ValueError(f"{path} is not UTF-8 (byte {at - waiting + e.start:,}): convert it, for example with "
-                         "iconv -f latin1 -t utf-8") from None
+        raise ValueError(f"{path} is not UTF-8 (byte {at - waiting + e.start:,}): convert it from the encoding "
+                         "that it is in, for example with iconv -f latin1 -t utf-8") from None
     except (gzip.BadGzipFile, EOFError, zlib.error):
         raise ValueError(f"{path} cannot be unpacked: it is damaged") from None
     if not at: raise ValueError(f"{path} is empty")
