@@ -29,7 +29,7 @@ function schedulePlot(state) {
   const s = state.schedules[state.schedule].schedule, ts = Array.from({ length: 60 }, (_, k) => Math.fround((k + 1) / 60));
   const far = Math.fround(Math.max(state.t, 1e-3)), share = core.hidden(s, far), gaps = state.kind === 0;
   const what = ["a share of tokens that is hidden", "a share of tokens that is drawn anew", "a share of each vector that is noise"][state.kind];
-  return ui.plot({ x: [0, 1], y: [0, 4], at: state.t, xlabel: "t", ylabel: gaps ? "share hidden, and a gap's loss weight" : "share of noise",
+  return ui.plot({ x: [0, 1], y: [0, gaps ? 4 : 1], at: state.t, xlabel: "t", ylabel: gaps ? "share hidden, and a gap's loss weight" : "share of noise",
     title: `At t = ${state.t}: ${what}, ${share.toFixed(3)}${gaps ? `; a gap has the loss weight ${core.weight(s, far).toFixed(3)}` : ""}.`,
     lines: [{ name: gaps ? "share hidden" : "share of noise", points: ts.map((t) => [t, core.hidden(s, t)]) },
             ...(gaps ? [{ name: "a gap's weight", dash: "5 4", points: ts.map((t) => [t, Math.max(0, core.weight(s, t))]) }] : [])] });
