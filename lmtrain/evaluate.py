@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerFast
 
 # %% ../nbs/0_core/13_evaluate.ipynb #imports-4
 from .batch import Example, Noise, collate
-from .model import LM, evaluating
+from .model import LM, evaluating, on
 from .objective import CLM, Objective, hide, logp, shift
 from .text import Rows
 from .train import Callback, History, Trainer
@@ -39,9 +39,9 @@ def must_be_causal(model: LM) -> None:
 def row_bits(model: LM, rows: Rows, batch: int = 16) -> np.ndarray:
     "Negative log-likelihood of each row in bits: (rows,) float64. Raises ValueError for a model that is not causal."
     must_be_causal(model)
-    T, out, device = max(len(e) for e in rows), [], next(model.parameters()).device
+    T, out = max(len(e) for e in rows), []
     for i in range(0, len(rows), batch):
-        b = CLM().corrupt(collate(rows[i:i + batch], T=T), Noise()).to(device)
+        b = on(model, CLM().corrupt(collate(rows[i:i + batch], T=T), Noise()))
         with evaluating(model): nats = -(logp(model, b) * b.weights).sum(1)            # (batch,)
         out.append(nats.double().cpu() / math.log(2))                                  # (batch,)
     return torch.cat(out).numpy()                                                      # (rows,)
@@ -130,9 +130,9 @@ def encoded(text: str, tok: PreTrainedTokenizerFast) -> list[int]:
 def likelihood(model: LM, items: Sequence[Example], batch: int = 32) -> np.ndarray:
     "Log-likelihood in nats of each example's answer, read from left to right: (n,) float64."
     must_be_causal(model)
-    device, out = next(model.parameters()).device, []
+    out = []
     for i in range(0, len(items), batch):
-        b = CLM().corrupt(collate(items[i:i + batch]), Noise()).to(device)
+        b = on(model, CLM().corrupt(collate(items[i:i + batch]), Noise()))
         with evaluating(model): out.append((logp(model, b) * b.weights).double().sum(1).cpu())  # (batch,)
     return torch.cat(out).numpy() if out else np.zeros(0)                              # (n,)
 
@@ -143,10 +143,10 @@ def pseudo_likelihood(model: LM, items: Sequence[Example], mask_id: int, batch: 
 
     `shifted`: the model answers at the token before, as after masked next-token prediction.
     """
-    device, out = next(model.parameters()).device, []
+    out = []
     for e in items:
         ask = [t for t in range(len(e)) if e.answer is None or e.answer[t]]
-        whole = collate([e] * len(ask)).to(device)
+        whole = on(model, collate([e] * len(ask)))
         whole = whole.set(order=torch.zeros_like(whole.order))
         hit = torch.zeros_like(whole.ids, dtype=torch.bool)                            # (asked,T)
         hit[range(len(ask)), ask] = True
@@ -190,9 +190,9 @@ def exact_match(said: Sequence[str], right: Sequence[str]) -> np.ndarray:
 def held_loss(model: LM, objective: Objective, rows: Sequence[Example], batch: int = 16, noise: Noise | None = None
               ) -> dict[str, float]:
     "Each term of an objective's loss on examples, its sum over its count, with fixed noise; {} without examples."
-    sums, counts, device = Counter[str](), Counter[str](), next(model.parameters()).device
+    sums, counts = Counter[str](), Counter[str]()
     for i in range(0, len(rows), batch):
-        b = objective.corrupt(collate(rows[i:i + batch]), noise or Noise()).to(device)
+        b = on(model, objective.corrupt(collate(rows[i:i + batch]), noise or Noise()))
         with evaluating(model): sums.update({n: float(v) for n, v in objective.loss(model, b).items()})
         counts.update({n: float(v) for n, v in objective.count(b).items()})  # type: ignore[arg-type]
     return {n: sums[n] / max(1.0, counts[n]) for n in sums}

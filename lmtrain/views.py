@@ -89,8 +89,7 @@ def paint(b: Batch, tok: PreTrainedTokenizerFast, rows: int = 4) -> Picture:
 def paint_loss(model: LM, b: Batch, tok: PreTrainedTokenizerFast, rows: int = 4) -> Picture:
     "The first rows of a batch with the negative log-likelihood of each label in bits, written and coloured."
     b = b[:rows]
-    device = next(model.parameters()).device
-    with evaluating(model): cost = (-logp(model, b.to(device)).cpu() / math.log(2)).clamp(min=0)  # (B,T)
+    with evaluating(model): cost = (-logp(model, b).cpu() / math.log(2)).clamp(min=0)  # (B,T)
     return Picture("".join(_costs(b, cost, r, tok) for r in range(len(b))))
 
 

@@ -211,9 +211,9 @@ def nelbo(model: LM, b: Batch, objective: Bounded, draws: int = 16, noise: Noise
 
 def nelbo_bits(model: LM, rows: Rows, objective: Bounded, draws: int = 4, batch: int = 16) -> np.ndarray:
     "The bound in bits of each row's answers, to be put beside `row_bits`: (rows,) float64."
-    device, T, out = next(model.parameters()).device, max(len(e) for e in rows), []
+    T, out = max(len(e) for e in rows), []
     for i in range(0, len(rows), batch):
-        b = collate(rows[i:i + batch], T=T).to(device)
+        b = on(model, collate(rows[i:i + batch], T=T))
         out.append(nelbo(model, b, objective, draws).nats.cpu() / math.log(2))         # (batch,)
     return torch.cat(out).numpy()                                                      # (rows,)
 

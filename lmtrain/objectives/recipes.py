@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerFast
 from ..batch import Batch, Noise, Trace, collate
 from ..evaluate import row_bits
 from ..generation import generate
-from ..model import LM, Size, Transformer, evaluating
+from ..model import LM, Size, Transformer, evaluating, on
 from ..objective import CLM, Objective
 from .diffusion import Diffusion, exact_k, nelbo_bits
 from .masked import MLM
@@ -91,7 +91,7 @@ def evaluated(model: LM, way: Recipe, rows: Rows, tok: PreTrainedTokenizerFast, 
     T, right = max(map(len, rows)), []
     for i in range(0, len(rows), 16):
         q = gaps(collate(rows[i:i + 16], T=T), way, tok, noise or Noise())
-        right.append(guessed(model, q.to(next(model.parameters()).device)))
+        right.append(guessed(model, on(model, q)))
     size = rows.nbytes
     return Metrics(float(row_bits(model, rows).sum() / size) if model.causal else None,
                  float(nelbo_bits(model, rows, bound, draws=2).sum() / size) if way.gaps else None,
