@@ -152,7 +152,7 @@ def lab(name: Annotated[Optional[str], typer.Argument(help="masking, noise or lo
     "Open a lab, or the notebooks, in JupyterLab: on this machine only, behind a token."
     from pathlib import Path
     from .labs.serve import serve, write_page
-    if html is None: raise typer.Exit(serve(name, Path(folder), voila, port, browser))
+    if html is None: return serve(name, Path(folder), voila, port, browser)
     if name is None: raise ValueError("name the lab that is to be written: lmtrain lab masking --html masking.html")
     print(f"written: {write_page(name, Path(html))}")
 

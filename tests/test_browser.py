@@ -6,12 +6,15 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import time
+from http.cookiejar import CookieJar
 from pathlib import Path
-from urllib.request import urlopen
+from urllib.error import HTTPError
+from urllib.request import HTTPCookieProcessor, Request, build_opener, urlopen
 
 import numpy as np
 import pytest
@@ -289,18 +292,6 @@ def free() -> int:
     with socket.socket() as s: s.bind(("127.0.0.1", 0)); return s.getsockname()[1]
 
 
-def started(line: list[str], address: str, log: Path):
-    "A server of our own, once it answers."
-    server = subprocess.Popen(line, stdout=log.open("w"), stderr=subprocess.STDOUT, start_new_session=True)
-    for _ in range(300):
-        try: urlopen(address, timeout=2).read(1); return server
-        except OSError as e:
-            if getattr(e, "code", 0) in (302, 401, 403, 405): return server
-            assert server.poll() is None, log.read_text()[-2000:]
-            time.sleep(.2)
-    raise AssertionError(log.read_text()[-2000:])
-
-
 def told(page) -> list: return json.loads(page.inner_text(".echo"))
 
 
@@ -348,33 +339,126 @@ def run_all(page) -> None:
     raise AssertionError("the notebook did not run")
 
 
+def opened(words: list[str], folder: Path) -> tuple[subprocess.Popen, str, str]:
+    "A process of `lmtrain lab`, the address of its server, and its token, as their owner reads them."
+    port = free()
+    log = folder / "log"
+    line = [sys.executable, "-m", "lmtrain", "lab", *words, "--no-browser", f"--port={port}"]
+    with log.open("w") as out: server = subprocess.Popen(line, stdout=out, stderr=out, start_new_session=True, cwd=folder)
+    for _ in range(300):
+        try: urlopen(f"http://127.0.0.1:{port}/api", timeout=2).read(1); break
+        except OSError as e:
+            if getattr(e, "code", 0) in (302, 401, 403, 404, 405): break
+            assert server.poll() is None, log.read_text()[-2000:]
+            time.sleep(.2)
+    page = Path(re.search(r"Open (\S+) in a browser", log.read_text())[1])
+    return server, f"http://127.0.0.1:{port}", re.search(r"token=([\w-]+)", page.read_text())[1]
+
+
+def ended(server: subprocess.Popen) -> None:
+    server.terminate()
+    try: server.wait(20)
+    finally: server.kill()
+
+
 def test_voila(book, view, tmp_path):
     "Voila: the loader's batches, a slider, a text; nobody is asked but the host, and by the host for its icons."
-    port = free()
-    server = started([sys.executable, "-m", "voila", str(book), "--no-browser", f"--port={port}", "--Voila.ip=127.0.0.1",
-                      "--token=secret"], f"http://127.0.0.1:{port}/static/voila.js", tmp_path / "log")
+    (tmp_path / "lmtrain-notebooks").mkdir(); shutil.copy(book, tmp_path / "lmtrain-notebooks" / "masking.ipynb")
+    server, address, token = opened(["masking", "--voila"], tmp_path)
     try:
-        page = view(f"http://127.0.0.1:{port}/?token=secret")
+        page = view(f"{address}/?token={token}")
         check_host(page, "voila")
         others = [u for u in page.asked if "127.0.0.1" not in u and not u.startswith(("data:", "blob:"))]
         assert all("fontawesome" in u for u in others), others  # Voila's own theme asks for it; the lab asks nobody
-    finally: server.terminate(); server.wait(20)
+    finally: ended(server)
 
 
 def test_jupyterlab(book, view, tmp_path):
     "JupyterLab: the same, after Run All."
-    from lmtrain.labs.serve import command
-    port = free()
-    line = command(book.parent, "book", False, port, "secret", browser=False)
-    server = started(line, f"http://127.0.0.1:{port}/api", tmp_path / "log")
+    (tmp_path / "lmtrain-notebooks").mkdir(); shutil.copy(book, tmp_path / "lmtrain-notebooks" / "masking.ipynb")
+    server, address, token = opened(["masking"], tmp_path)
     try:
-        page = view(f"http://127.0.0.1:{port}/lab/tree/book.ipynb?token=secret&reset")
+        page = view(f"{address}/lab/tree/masking.ipynb?token={token}&reset")
         page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=60_000)
         page.wait_for_selector(".jp-Notebook-ExecutionIndicator[data-status=idle]", state="attached", timeout=60_000)
         run_all(page)
         check_host(page, "jupyterlab")
         assert [u for u in page.asked if "127.0.0.1" not in u and not u.startswith(("data:", "blob:"))] == []
-    finally: server.terminate(); server.wait(20)
+    finally: ended(server)
+
+
+def as_another_user(*words) -> str:
+    "What a command says when user 65534 runs it."
+    return subprocess.run([*map(str, words)], user=65534, group=65534, extra_groups=[], capture_output=True, text=True, cwd="/").stdout
+
+
+def asked(address: str, method: str = "GET", **headers: str) -> int:
+    "The status of an answer; headers are given with _ for -."
+    request = Request(address, method=method, headers={k.replace("_", "-"): v for k, v in headers.items()})
+    try: return urlopen(request, timeout=20).status
+    except HTTPError as e: return e.code
+
+
+@pytest.mark.parametrize("words", [["masking"], ["masking", "--voila"]], ids=["jupyterlab", "voila"])
+def test_another_user_finds_no_token(words, tmp_path):
+    """Arguments, environment and files, as a second user of the machine sees them, hold no token, and the log holds none;
+    without one the server gives no kernel. Control: the same search, as the owner, finds it, and with it there is one."""
+    assert os.geteuid() == 0, "a second user can be tried by root only"
+    tmp_path.chmod(0o755)
+    server, address, token = opened(words, tmp_path)
+    try:
+        home = re.search(r"Open (\S+)/open.html", (tmp_path / "log").read_text())[1]
+        seen = as_another_user("sh", "-c", f"cat /proc/{server.pid}/cmdline /proc/{server.pid}/environ; cat {home}/*; cat ~root/.local/share/jupyter/runtime/*; "
+                               f"cat {tmp_path}/log")
+        assert "lmtrain" in seen and token not in seen
+        assert token in subprocess.run(["sh", "-c", f"cat {home}/*"], capture_output=True, text=True).stdout
+        if "--voila" in words:
+            assert "/login" in urlopen(f"{address}/", timeout=20).url and asked(f"{address}/api/kernels/{'0' * 8}-0000-0000-0000-{'0' * 12}/channels") == 403
+            assert "/login" not in urlopen(f"{address}/?token={token}", timeout=60).url
+            return
+        assert asked(f"{address}/api/kernels", "POST") == 403
+        assert asked(f"{address}/api/kernels", "POST", Authorization=f"token {token}") == 201
+    finally: ended(server)
+
+
+def test_other_machines_and_other_pages_are_refused(tmp_path):
+    "The server listens on this machine alone; a page from elsewhere that has the reader's cookie gets nothing. Control: a page of its own does."
+    server, address, token = opened([], tmp_path)
+    try:
+        port = int(address.rpartition(":")[2])
+        listening = {line.split()[1] for f in ("tcp", "tcp6") for line in Path(f"/proc/net/{f}").read_text().splitlines()[1:] if line.split()[3] == "0A"}
+        assert f"0100007F:{port:04X}" in listening and f"00000000:{port:04X}" not in listening and f"{'0' * 32}:{port:04X}" not in listening
+        jar = CookieJar()
+        browser = build_opener(HTTPCookieProcessor(jar))
+        browser.open(f"{address}/lab?token={token}", timeout=20).read()
+        cookies, xsrf = "; ".join(f"{c.name}={c.value}" for c in jar), next(c.value for c in jar if c.name == "_xsrf")
+        ask = lambda origin: asked(f"{address}/api/kernels", "POST", Cookie=cookies, X_XSRFToken=xsrf, Origin=origin, Host=f"127.0.0.1:{port}")
+        assert ask("http://elsewhere.example") in (403, 404) and ask(address) == 201
+    finally: ended(server)
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGINT", "SIGKILL"])
+def test_the_server_ends_with_its_command(name, tmp_path):
+    "Server and kernels are gone soon after the command is; what held the token as well, but for SIGKILL, which nobody sees."
+    server, address, token = opened([], tmp_path)
+    assert asked(f"{address}/api/kernels", "POST", Authorization=f"token {token}") == 201
+    kernels = lambda: [p for p in Path("/proc").glob("[0-9]*") if f"PPid:\t{server.pid}\n" in status(p) and "ipykernel" in command_line(p)]
+    def status(p): return p.joinpath("status").read_text() if p.exists() else ""
+    def command_line(p): return p.joinpath("cmdline").read_text() if p.exists() else ""
+    for _ in range(100):
+        if found := kernels(): break
+        time.sleep(.1)
+    assert found
+    time.sleep(2)  # a kernel that is still starting does not watch its parent yet
+    server.send_signal(getattr(signal, name)); server.wait(20)
+    for _ in range(150):
+        if not any("ipykernel" in command_line(p) for p in found): break
+        time.sleep(.1)
+    assert not any("ipykernel" in command_line(p) for p in found)
+    with pytest.raises(OSError): urlopen(f"{address}/api", timeout=2)
+    home = Path(re.search(r"Open (\S+)/open.html", (tmp_path / "log").read_text())[1])
+    assert home.exists() == (name == "SIGKILL")
+    shutil.rmtree(home, ignore_errors=True)
 
 
 def test_learning_in_a_kernel(view, tmp_path):
@@ -392,12 +476,11 @@ rows = examples(list(topics.values())[:60], tok, 48)
 model = Transformer(Size(vocab=len(tok), dim=32, heads=2, layers=1, length=48))
 LossLab(trainer=Trainer(model, CLM(), Loader(rows[20:], CLM(), 8, 48), lr=3e-3, steps=10**4), held=rows[:20], tok=tok)
 """
-    book, port = tmp_path / "book.ipynb", free()
-    book.write_text(json.dumps(nb))
-    server = started([sys.executable, "-m", "voila", str(book), "--no-browser", f"--port={port}", "--Voila.ip=127.0.0.1",
-                      "--token=secret"], f"http://127.0.0.1:{port}/static/voila.js", tmp_path / "log")
+    (tmp_path / "lmtrain-notebooks").mkdir()
+    (tmp_path / "lmtrain-notebooks" / "loss.ipynb").write_text(json.dumps(nb))
+    server, address, token = opened(["loss", "--voila"], tmp_path)
     try:
-        page = view(f"http://127.0.0.1:{port}/?token=secret")
+        page = view(f"{address}/?token={token}")
         page.wait_for_selector("[data-knob=play]", timeout=120_000)
         steps = "() => Number(document.querySelector('[data-knob=play]').closest('.lm-lab').innerText.match(/(\\d+) steps: loss/)[1])"
         page.click("[data-knob=play]")
@@ -412,4 +495,4 @@ LossLab(trainer=Trainer(model, CLM(), Loader(rows[20:], CLM(), 8, 48), lr=3e-3, 
         keep(page, "loss-voila")
         page.click("[data-knob=reset]")
         page.wait_for_function(f"() => ({steps})() === 0")
-    finally: server.terminate(); server.wait(20)
+    finally: ended(server)

@@ -1,5 +1,7 @@
 """`lmtrain lab`: pages, copies, command lines; what is refused, and why."""
 import json
+import os
+import socket
 import subprocess
 import sys
 
@@ -22,32 +24,66 @@ def test_page_is_written(tmp_path):
 
 def test_copies_keep_what_is_there(tmp_path):
     "Chapters and labs are copied once; a reader's changes stay. The control: a file that was deleted comes back."
-    n = serve.copied(tmp_path)
-    assert n > 20 and serve.copied(tmp_path) == 0
+    files = lambda: {p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*.ipynb")}
+    serve.copied(tmp_path)
+    n = files()
+    assert len(n) > 20 and serve.copied(tmp_path)[0].startswith("0 notebooks") and files() == n
     (tmp_path / "masking.ipynb").write_text("mine")
     (tmp_path / "index.ipynb").unlink()
-    assert serve.copied(tmp_path) == 1 and (tmp_path / "masking.ipynb").read_text() == "mine"
+    assert serve.copied(tmp_path)[0].startswith("1 notebooks") and (tmp_path / "masking.ipynb").read_text() == "mine" and files() == n
     for name in serve.CLASSES:
         nb = json.loads(serve.notebook(name))
         assert (nb["nbformat"], nb["nbformat_minor"]) == (4, 5) and len({c["id"] for c in nb["cells"]}) == 2
 
 
-def test_only_this_machine_and_a_token(tmp_path, monkeypatch):
-    "Both servers listen on 127.0.0.1 behind a token."
-    monkeypatch.setattr(serve, "find_spec", lambda name: True)
+@pytest.mark.parametrize("record", ["whole", "missing", "damaged"])
+def test_after_an_upgrade(tmp_path, monkeypatch, record):
+    "The newer text of a chapter lies beside the reader's own, once; chapters that are no more are named, and kept."
+    old = {"1/a.ipynb": "a of old", "1/b.ipynb": "b", "1/gone.ipynb": "gone"}
+    monkeypatch.setattr(serve, "shipped", lambda: old)
+    serve.copied(tmp_path)
+    (tmp_path / "1" / "a.ipynb").write_text("a of old, with my notes")
+    if record == "missing": (tmp_path / serve.RECORD).unlink()
+    if record == "damaged": (tmp_path / serve.RECORD).write_text("{")
+    monkeypatch.setattr(serve, "shipped", lambda: {"1/a.ipynb": "a of new", "1/b.ipynb": "b", "1/c.ipynb": "c"})
+    said = serve.copied(tmp_path)
+    laid = next(p for p in (tmp_path / "1").glob("a-*.ipynb"))
+    assert laid.read_text() == "a of new" and (tmp_path / "1" / "a.ipynb").read_text() == "a of old, with my notes"
+    assert f"laid beside yours: 1/{laid.name}" in said[1] and said[0].startswith("2 notebooks")
+    assert ("of an earlier lmtrain, kept: 1/gone.ipynb" in said) == (record == "whole") and (tmp_path / "1" / "gone.ipynb").exists()
+    assert serve.copied(tmp_path)[0].startswith("0 notebooks") and len([*tmp_path.rglob("*.ipynb")]) == 5
+    laid.unlink()
+    assert serve.copied(tmp_path)[0].startswith("0 notebooks"), "what a reader threw away stays away"
+
+
+def test_only_this_machine_and_no_token_in_arguments(tmp_path):
+    "Both servers listen on 127.0.0.1 alone; what leads in is readable by its owner alone, under any umask."
     for voila in (False, True):
-        line = " ".join(serve.command(tmp_path, "noise", voila, 8899, "secret", False))
-        assert "ip=127.0.0.1" in line and "token=secret" in line and "port=8899" in line and "--no-browser" in line
+        line = " ".join(serve.arguments(tmp_path, "noise", voila, 8899))
+        assert "ip=127.0.0.1" in line and "token=" not in line.replace("auto_token=True", "") and "port=8899" in line
+        assert "--no-browser" in line and "port_retries=0" in line
+    before = os.umask(0)
+    try: page = serve.door("http://127.0.0.1:1/", "secret", tmp_path)
+    finally: os.umask(before)
+    assert page.stat().st_mode & 0o777 == 0o600 and "token=secret" in page.read_text()
+    with pytest.raises(FileExistsError): serve.door("http://127.0.0.1:1/", "secret", tmp_path)  # not into another's file
+
+
+def test_a_port_that_is_taken():
+    "A taken port is one line, before anything is copied; 0 is a free one."
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0)); s.listen()
+        with pytest.raises(OSError, match="give another --port"): serve.free_port(s.getsockname()[1])
+    assert 1024 < serve.free_port(0) < 2**16
 
 
 def test_what_is_refused(tmp_path, monkeypatch):
     "Unknown labs, an app without a name, a missing server, a lab without what it needs: one line that says what to do."
     with pytest.raises(ValueError, match="choose from masking, noise, loss"): serve.known("mask")
     with pytest.raises(ValueError, match="an app needs a name"):
-        monkeypatch.setattr(serve, "find_spec", lambda name: True)
-        serve.command(tmp_path, None, True, 0, "x", False)
+        serve.arguments(tmp_path, None, True, 1)
     monkeypatch.setattr(serve, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="pip install"): serve.command(tmp_path, None, False, 0, "x", False)
+    with pytest.raises(ValueError, match="pip install"): serve.application(False)
     with pytest.raises(ValueError, match="no models"): NoiseLab().write("x")
     with pytest.raises(ValueError, match="trains nothing"): LossLab().forward()
     with pytest.raises(ValueError, match="held-out rows"): LossLab(trainer=object())
