@@ -65,7 +65,7 @@ def main() -> None:
     rows, _ = shakespeare()
     if a.memory:
         steps_of(*a.memory, rows, 3, False)
-        print(int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024)  # ru_maxrss is inherited
+        print(int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text(encoding="utf-8"))[1]) / 1024)  # ru_maxrss is inherited
         return
     result = {"machine": machine(), "rows": ROWS, "tokens": T, "sizes": {}}
     print(f"{result['machine']}\n")

@@ -6,32 +6,35 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['SUMS', 'split', 'join', 'synced', 'sealed', 'sums', 'write', 'save_state', 'verify', 'load_state', 'optimized',
-           'dice', 'record', 'check_record', 'trainer_state', 'restore', 'restore_optimizer', 'checkpoints', 'step_of',
-           'is_whole', 'latest', 'resume', 'Save']
+__all__ = ['SUMS', 'split', 'join', 'synced', 'sealed', 'sums', 'write', 'locked', 'save_state', 'verify', 'load_state',
+           'optimized', 'dice', 'record', 'check_record', 'trainer_state', 'restore', 'restore_optimizer',
+           'checkpoints', 'step_of', 'is_whole', 'latest', 'resume', 'Save']
 
 # %% ../nbs/0_core/11_checkpoint.ipynb #imports-2
-import hashlib, json, os, shutil, signal, sys, tempfile, threading
-from collections.abc import Callable, Sequence
+import hashlib, json, os, shutil, signal, sys, tempfile, threading, warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 from uuid import uuid4
 
 # %% ../nbs/0_core/11_checkpoint.ipynb #imports-3
 import torch
+from filelock import FileLock, Timeout
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 # %% ../nbs/0_core/11_checkpoint.ipynb #imports-4
 from .loader import described
-from .model import check_weights_finite
-from .train import Callback, Trainer
+from .model import check_weights_finite, follow_umask
+from .train import Callback, Trainer, say
 
 # %% ../nbs/0_core/11_checkpoint.ipynb #split
 def split(state: Any, path: str, tensors: dict[str, Tensor], names: dict[tuple, str]) -> Any:
     "The JSON skeleton of a nested state; its tensors go to `tensors`. Raises TypeError for what is neither."
     if isinstance(state, Tensor):
-        key = (state.data_ptr(), state.shape, state.stride(), state.dtype) if state.numel() else (path,)
+        at = state.data_ptr()                              # 0 if it is empty, or wraps others: then nothing is shared
+        key = (at, state.shape, state.stride(), state.dtype) if at else (path,)
         if key not in names:
             names[key], tensors[path] = path, state.detach().cpu().clone(memory_format=torch.contiguous_format)
         return {"tensor": names[key]}
@@ -59,8 +62,9 @@ SUMS = "SHA256SUMS"
 
 
 def synced(path: Path) -> None:
-    "Force a file or a folder to the disk."
-    f = os.open(path, os.O_RDONLY)
+    "Force a file or a folder to the disk. Windows opens no folders, and syncs only what is open for writing."
+    if path.is_dir() and not hasattr(os, "O_DIRECTORY"): return
+    f = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try: os.fsync(f)
     finally: os.close(f)
 
@@ -81,6 +85,20 @@ def write(path: Path, text: str) -> None:
         (Path(folder) / path.name).write_text(text, encoding="utf-8", newline="")
         os.replace(Path(folder) / path.name, path)
 
+# %% ../nbs/0_core/11_checkpoint.ipynb #locked
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    "Inside, no other process that asks writes to `folder`. Raises BlockingIOError if one does."
+    lock = FileLock(folder / ".lock")
+    try: lock.acquire(timeout=0)
+    except Timeout:
+        raise BlockingIOError(f"another run writes to {folder}: wait until it has ended, or give another --out"
+                              ) from None
+    except NotImplementedError:                            # a file system without locks
+        warnings.warn(f"{folder} cannot be locked: start one run there at a time", stacklevel=2)
+    try: yield
+    finally: lock.release()
+
 # %% ../nbs/0_core/11_checkpoint.ipynb #save-state
 def save_state(path: str | Path, **objects: Any) -> Path:
     """Keep objects with a `state_dict`, or plain dicts, in the new folder `path`, in one step.
@@ -97,7 +115,8 @@ def save_state(path: str | Path, **objects: Any) -> Path:
             skeleton = split(thing if isinstance(thing, dict) else thing.state_dict(), "", tensors, {})
             save_file(tensors, beside / f"{name}.safetensors")
             (beside / f"{name}.json").write_text(json.dumps(skeleton, indent=1), encoding="utf-8")
-        (beside / SUMS).write_text(sums(beside), encoding="utf-8")
+        (beside / SUMS).write_text(sums(beside), encoding="utf-8", newline="")
+        follow_umask(beside)
         for file in [*beside.iterdir(), beside]: synced(file)
         os.rename(beside, path)
         synced(path.parent)
@@ -140,8 +159,8 @@ def optimized(trainer: Trainer) -> list[tuple[str, Any, nn.Parameter]]:
 def dice(trainer: Trainer) -> dict[str, Tensor]:
     "The states of the random generators, one row a rank: (ranks,n) uint8 each."
     states = {"cpu": torch.get_rng_state()}                                            # (n,)
-    if trainer.accelerator.device.type == "cuda": states["cuda"] = torch.cuda.get_rng_state()  # (n,)
-    accelerator = trainer.accelerator
+    accelerator, kind = trainer.accelerator, trainer.accelerator.device.type
+    if kind in ("cuda", "mps"): states[kind] = getattr(torch, kind).get_rng_state()    # (n,)
     return {k: accelerator.gather(s.to(accelerator.device)[None]).cpu() for k, s in states.items()}
 
 # %% ../nbs/0_core/11_checkpoint.ipynb #trainer-whole
@@ -187,9 +206,10 @@ def restore(trainer: Trainer, state: dict[str, Any], changed: Sequence[str] = ()
         raise ValueError(f"the checkpoint is of another model ({why}): make the same one, or give another "
                          "folder") from None
     restore_optimizer(trainer, state["optimizer"])
-    rank, setters = trainer.accelerator.process_index, {"cpu": torch.set_rng_state, "cuda": torch.cuda.set_rng_state}
+    rank = trainer.accelerator.process_index
     for kind, states in state["rng"].items():
-        if rank < len(states): setters[kind](states[rank].clone())  # a view of another row crashes it
+        setter = (torch if kind == "cpu" else getattr(torch, kind)).set_rng_state
+        if rank < len(states): setter(states[rank].clone())  # a view of another row crashes it
     trainer.done, trainer.ahead = state["progress"]["done"], state["progress"]["ahead"]
     trainer.batches.load_state_dict(state["progress"]["batches"])  # type: ignore[attr-defined]
 
@@ -218,7 +238,7 @@ def is_whole(path: Path) -> bool:
     except (ValueError, OSError): return False
 
 # %% ../nbs/0_core/11_checkpoint.ipynb #latest
-def latest(root: str | Path, say: Callable[[str], object] = print) -> Path | None:
+def latest(root: str | Path, say: Callable[[str], object] = say) -> Path | None:
     "The newest checkpoint in `root` that is whole; damaged ones are named. None if there is none."
     for path in checkpoints(root):
         try: verify(path); return path
@@ -226,7 +246,7 @@ def latest(root: str | Path, say: Callable[[str], object] = print) -> Path | Non
     return None
 
 
-def resume(trainer: Trainer, root: str | Path, say: Callable[[str], object] = print, changed: Sequence[str] = ()
+def resume(trainer: Trainer, root: str | Path, say: Callable[[str], object] = say, changed: Sequence[str] = ()
            ) -> int:
     """Continue from the newest whole checkpoint in `root`, if there is one. Returns the steps that are done.
 

@@ -9,16 +9,43 @@ import io
 import os
 import sys
 import warnings
+from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
 
 from . import __version__
 
-app = typer.Typer(name="lmtrain", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+app = typer.Typer(name="lmtrain", no_args_is_help=True, pretty_exceptions_enable=False,
                   context_settings={"help_option_names": ["-h", "--help"]})
 data_app = typer.Typer(no_args_is_help=True, help="Text to train on: what is known by name, and where it comes from.")
 app.add_typer(data_app, name="data")
+
+
+_SCALED = "; by default that of the scale in settings.ini (LMTRAIN_SCALE)."
+
+
+def _corpora(begun: str) -> list[str]:
+    "The names of corpora that begin so, for the shell's completion: without pandas, which would keep it waiting."
+    import json
+    from .settings import data_file
+    names = ["python-docs", *(e["name"] for e in json.loads(data_file("catalogue.json").read_text(encoding="utf-8")))]
+    return [n for n in names if n.startswith(begun)]
+
+
+def _labs(begun: str) -> list[str]:
+    from .labs.serve import CLASSES
+    return [n for n in CLASSES if n.startswith(begun)]
+
+
+def _scales(begun: str) -> list[str]:
+    from .settings import scales
+    return [n for n in scales() if n.startswith(begun)]
+
+
+def _experiments(begun: str) -> list[str]:
+    return [p.stem.replace("_", "-") for p in sorted(Path(__file__).parent.glob("experiments/[!_]*.py"))
+            if p.stem.replace("_", "-").startswith(begun)]
 
 
 def _version(wanted: bool) -> None:
@@ -33,27 +60,29 @@ def _lmtrain(version: Annotated[bool, typer.Option("--version", callback=_versio
 
 
 @app.command()
-def tour(data: Annotated[str, typer.Option(help="A name of `lmtrain data list`, a path, or owner/name on the hub."
-                                           )] = "shakespeare",
+def tour(data: Annotated[str, typer.Option(help="A name of `lmtrain data list`, a path, or owner/name on the hub.",
+                                           autocompletion=_corpora)] = "shakespeare",
          minutes: Annotated[Optional[float], typer.Option(help="How long to train; by default 3.")] = None,
          steps: Annotated[Optional[int], typer.Option(help="How many steps to train, instead of minutes.")] = None,
          column: Annotated[str, typer.Option(help="Which column of the data is the text.")] = "text",
          lines: Annotated[bool, typer.Option("--lines", help="Each line of a text file is a document.")] = False,
          out: Annotated[str, typer.Option(help="Where the report, the samples and the model go.")] = "tour",
-         scale: Annotated[Optional[str], typer.Option(help="Sizes: laptop, classroom or gpu.")] = None,
+         scale: Annotated[Optional[str], typer.Option(help="Sizes: laptop, classroom or gpu.", autocompletion=_scales)] = None,
          ) -> None:
     "Train a small language model on real text, and write a report about its life."
     _quick_on_cpu()
+    from .doctor import too_little
     from .settings import scale as sizes
     wanted = sizes(scale)
+    if little := too_little(scale): print(f"lmtrain: {little}", file=sys.stderr)
     print("Starting ...", flush=True)
     from .tour import tour as run
     run(data, minutes, steps, out, sizes=wanted, column=column, lines=lines)
 
 
 @app.command()
-def train(data: Annotated[str, typer.Option(help="A name of `lmtrain data list`, a path, or owner/name on the hub."
-                                            )] = "shakespeare",
+def train(data: Annotated[str, typer.Option(help="A name of `lmtrain data list`, a path, or owner/name on the hub.",
+                                            autocompletion=_corpora)] = "shakespeare",
           objective: Annotated[str, typer.Option(help='What to ask, such as "PrefixLM(cut=.5)", or module.Class.'
                                                  )] = "CLM",
           model: Annotated[str, typer.Option(help='A folder to go on from, or "Size(dim=256)"; by default a new one.'
@@ -62,21 +91,22 @@ def train(data: Annotated[str, typer.Option(help="A name of `lmtrain data list`,
           out: Annotated[str, typer.Option(help="Where checkpoints, histories and the model go.")] = "run",
           column: Annotated[str, typer.Option(help="Which column of the data is the text.")] = "text",
           lines: Annotated[bool, typer.Option("--lines", help="Each line of a text file is a document.")] = False,
-          rows: Annotated[int, typer.Option(help="Rows of a batch, on each process.")] = 0,
-          length: Annotated[int, typer.Option(help="Tokens of a row.")] = 0,
+          rows: Annotated[Optional[int], typer.Option(min=1, help=f"Rows of a batch, on each process{_SCALED}")] = None,
+          length: Annotated[Optional[int], typer.Option(min=1, help=f"Tokens of a row{_SCALED}")] = None,
           window: Annotated[int, typer.Option(help="Batches of a step.")] = 1,
-          lr: Annotated[float, typer.Option(help="The highest learning rate.")] = 0.0,
+          lr: Annotated[Optional[float], typer.Option(help=f"The highest learning rate{_SCALED}")] = None,
           seed: Annotated[int, typer.Option(help="Another seed, another run.")] = 0) -> None:
     "Train any model on any text with any objective; under torchrun or accelerate launch on all their processes."
     _quick_on_cpu()
     sys.path.insert(0, "")  # an objective of one's own lies in the folder one is in
     from .run import Job, train as run
-    run(Job(objective, model, data, column, lines, steps, rows, length, window, lr, seed), out)
+    if lr is not None and not lr > 0: raise ValueError(f"lr must be more than 0, not {lr}")
+    run(Job(objective, model, data, column, lines, steps, rows or 0, length or 0, window, lr or 0.0, seed), out)
 
 
 @app.command()
-def reproduce(wanted: Annotated[Optional[list[str]], typer.Argument(help="Names of experiments, as --list prints them."
-                                                                    )] = None,
+def reproduce(wanted: Annotated[Optional[list[str]], typer.Argument(help="Names of experiments, as --list prints them.",
+                                                                    autocompletion=_experiments)] = None,
               every: Annotated[bool, typer.Option("--all", help="Run all experiments.")] = False,
               listing: Annotated[bool, typer.Option("--list", help="Print the experiments and stop.")] = False,
               seeds: Annotated[int, typer.Option(help="How many seeds each.")] = 3,
@@ -110,6 +140,7 @@ def generate(model: Annotated[str, typer.Argument(help="A folder with a model, s
     from .generation import generate as write
     from .model import Transformer
     from .run import opened
+    from .train import fitting_device
     if not 0 <= seed < 2**32: raise ValueError(f"seed must be from 0 to 2**32 - 1, not {seed}")
     lm, tok = opened(model)
     if not lm.causal: raise ValueError("this model was trained with both sides in view and cannot write left to right")
@@ -121,13 +152,13 @@ def generate(model: Annotated[str, typer.Argument(help="A folder with a model, s
     room = lm.size.length - len(ids)
     if room < 1: raise ValueError(f"the prompt has {len(ids)} tokens, and the model reads {lm.size.length}: shorten it")
     if tokens is not None and tokens < 1: raise ValueError(f"tokens must be more than 0, not {tokens}")
-    t = write(lm, [ids], min(tokens or room, room), temperature, top_p, tok.eos_token_id, seed)
+    t = write(lm.to(fitting_device()), [ids], min(tokens or room, room), temperature, top_p, tok.eos_token_id, seed)
     print(tok.decode(t.ids[0][t.when[0] >= 0], skip_special_tokens=True))
 
 
 @app.command()
 def evaluate(model: Annotated[str, typer.Argument(help="A folder with a model, such as tour/model.")],
-             data: Annotated[str, typer.Option(help="Whose held-out documents to score.")] = "shakespeare",
+             data: Annotated[str, typer.Option(help="Whose held-out documents to score.", autocompletion=_corpora)] = "shakespeare",
              column: Annotated[str, typer.Option(help="Which column of the data is the text.")] = "text",
              lines: Annotated[bool, typer.Option("--lines", help="Each line of a text file is a document.")] = False) -> None:
     "Score a saved model on held-out documents, in bits per byte."
@@ -136,21 +167,22 @@ def evaluate(model: Annotated[str, typer.Argument(help="A folder with a model, s
     from .evaluate import between, document_bits
     from .run import opened, roomy
     from .text import examples
+    from .train import fitting_device
     lm, tok = opened(model)
     rows = examples(corpus(data, column, lines=lines)["validation"]["text"][:], tok, min(roomy(lm), 1024))
-    bits, sizes = document_bits(lm, rows)
+    bits, sizes = document_bits(lm.to(fitting_device()), rows)
     print(f"{bits.sum() / sizes.sum():.3f} bits per byte ({between(bits, sizes)}) on {rows.nbytes:,} bytes of {data}")
 
 
 @app.command()
-def lab(name: Annotated[Optional[str], typer.Argument(help="masking, noise or loss; without one, the notebooks.")] = None,
+def lab(name: Annotated[Optional[str], typer.Argument(help="masking, noise or loss; without one, the notebooks.",
+                                                             autocompletion=_labs)] = None,
         voila: Annotated[bool, typer.Option("--voila", help="Serve the lab alone, as an app.")] = False,
         html: Annotated[Optional[str], typer.Option(help="Write the lab as one page that needs no kernel, and stop.")] = None,
         folder: Annotated[str, typer.Option(help="Where your copy of the notebooks is.")] = "lmtrain-notebooks",
         port: Annotated[int, typer.Option(help="The server's port; by default a free one.")] = 0,
         browser: Annotated[bool, typer.Option(help="Open a browser.")] = True) -> None:
     "Open a lab, or the notebooks, in JupyterLab: on this machine only, behind a token."
-    from pathlib import Path
     from .labs.serve import serve, write_page
     if html is None: return serve(name, Path(folder), voila, port, browser)
     if name is None: raise ValueError("name the lab that is to be written: lmtrain lab masking --html masking.html")
@@ -168,7 +200,7 @@ def data_list() -> None:
 
 
 @data_app.command("get")
-def data_get(name: Annotated[str, typer.Argument(help="A name of `lmtrain data list`, a path, or owner/name.")],
+def data_get(name: Annotated[str, typer.Argument(help="A name of `lmtrain data list`, a path, or owner/name.", autocompletion=_corpora)],
              column: Annotated[str, typer.Option(help="Which column of the data is the text.")] = "text",
              lines: Annotated[bool, typer.Option("--lines", help="Each line of a text file is a document.")] = False) -> None:
     "Fetch a corpus, check it, and say what is in it."
@@ -189,8 +221,10 @@ def doctor() -> None:
 
 
 def _quick_on_cpu() -> None:
-    "Two settings of a CPU process, before torch is loaded: a sixth of a step, and half of one on a busy machine."
+    "Settings of a CPU process, before torch is loaded: a sixth of a step, and half of one on a busy machine."
+    from .doctor import cores
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # a thread that waits gives its core to others soon
+    if cores() < (os.cpu_count() or 1): os.environ.setdefault("OMP_NUM_THREADS", str(cores()))  # as a container allows
     if sys.platform == "linux":
         try: mallopt = ctypes.CDLL(None).mallopt
         except AttributeError: return  # another C library
@@ -203,11 +237,26 @@ def _explained(e: BaseException) -> str:
         where = getattr(e, "filename", None) or "while writing"
         return (f"the disk is full ({where}): free some space, or choose another place with --out, or with "
                 "LMTRAIN_CACHE for downloads")
+    if isinstance(e, MemoryError) or any(t in str(e) for t in ("can't allocate memory", "out of memory", "bad_alloc")):
+        return ("the memory is full: give more of it, or take less with --scale classroom (tour), or with smaller --rows "
+                "or --length (train)")
+    if isinstance(e, PermissionError) and e.filename and os.path.exists(e.filename) and not os.access(e.filename, os.R_OK):
+        return f"{e.filename} may not be read by this user: ask its owner to allow it, with chmod -R a+rX"
     if isinstance(e, PermissionError) and e.filename:
         return f"{e.filename} may not be written: choose another place with --out, or with LMTRAIN_CACHE for downloads"
     if isinstance(e, ImportError): return f"{e}: install it with pip, or run lmtrain doctor to see what is missing"
     text = e.strerror + f": {e.filename}" if isinstance(e, OSError) and e.strerror and e.filename else str(e)
     return " ".join(text.split()) or type(e).__name__
+
+
+def _at_home() -> None:
+    "Where there is no home that may be used, libraries below get a place as well, instead of a folder called ~."
+    from .settings import private_dir, usable
+    try: at_home = usable(Path.home() / ".cache")
+    except RuntimeError: at_home = False
+    if at_home: return
+    for name, folder in {"HF_HOME": "huggingface", "MPLCONFIGDIR": "matplotlib"}.items():
+        if name not in os.environ: os.environ[name] = str(private_dir() / folder)
 
 
 def main() -> None:
@@ -217,7 +266,9 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):  # a letter that a terminal has not is a question mark there, and no error
         if isinstance(stream, io.TextIOWrapper): stream.reconfigure(errors="replace")
     try:
+        _at_home()
         code = app(words, prog_name="lmtrain", standalone_mode=False) or 0
+        sys.stdout.flush()
         if code == 130: print("\nlmtrain: stopped", file=sys.stderr)
         sys.exit(code)
     except (KeyboardInterrupt, typer.Abort): print("\nlmtrain: stopped", file=sys.stderr); sys.exit(130)

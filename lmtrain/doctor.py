@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 import platform
 import shutil
@@ -31,19 +32,66 @@ def packages() -> list[Line]:
             elif extra == "dev": lines.append((r.name, "missing, optional: pip install 'lmtrain[dev]'", True))
             continue
         fine = r.specifier.contains(found, prereleases=True)
-        if extra is None or not fine:
-            wrong = f"{found}: lmtrain needs {r.specifier}; pip install -U {r.name}"
-            lines.append((r.name, found if fine else wrong, fine))
+        if extra is None:
+            lines.append((r.name, found if fine else f"{found}: lmtrain needs {r.specifier}; pip install -U {r.name}", fine))
+        elif not fine: lines.append((r.name, f"{found}, optional: lmtrain[{extra}] would need {r.specifier}", True))
     return lines
+
+
+MEASURED = {"classroom": 1.1, "laptop": 1.3}  # GiB that a tour took at its highest: python -m benchmarks.memory
+
+
+OWN_GROUPS, GROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")  # Linux's control groups
+
+
+def control(kind: str, name: str, old: str) -> list[str]:
+    "What the control groups around this process say in a file, the innermost first: of version 2 `name`, of version 1 `old`."
+    try: lines = OWN_GROUPS.read_text(encoding="utf-8").splitlines()
+    except OSError: return []                              # no Linux
+    out = []
+    for line in lines:
+        _, kinds, inside = line.split(":", 2)
+        if kinds and kind not in kinds.split(","): continue
+        root = GROUPS / kind if kinds else GROUPS
+        for folder in [p := root / inside.lstrip("/"), *p.parents, root]:
+            if not folder.is_relative_to(root): continue
+            try: out.append((folder / (old if kinds else name)).read_text(encoding="utf-8").strip())
+            except OSError: continue                       # in a container only the root can be seen
+    return out
+
+
+def memory() -> float:
+    "GiB of memory that this process may use: of the machine, of the container around it, or as `ulimit -v` says."
+    import psutil
+    found = [psutil.virtual_memory().total, *map(int, filter(str.isdigit, control("memory", "memory.max", "memory.limit_in_bytes")))]
+    if importlib.util.find_spec("resource"):
+        import resource
+        if (most := resource.getrlimit(resource.RLIMIT_AS)[0]) > 0: found.append(most)
+    return min(found) / 2**30
+
+
+def cores() -> int:
+    "Cores that this process may use; a container's share of the time counts as so many cores."
+    here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = [q.split() for q in control("cpu", "cpu.max", "-")]
+    old = zip(control("cpu", "-", "cpu.cfs_quota_us"), control("cpu", "-", "cpu.cfs_period_us"), strict=False)
+    share = [int(q) / int(p) for q, p in [*[q for q in quota if len(q) == 2], *old] if q.isdigit()]
+    return max(1, min([here, *(math.ceil(s) for s in share)]))
+
+
+def too_little(scale: str | None = None) -> str:
+    "A sentence if the memory is less than a tour of this scale was measured to take; else empty."
+    name = scale or os.environ.get("LMTRAIN_SCALE") or "laptop"
+    here, needs = memory(), MEASURED.get(name, 0.0)
+    less = f", or --scale classroom ({MEASURED['classroom']} GiB)" if name == "laptop" and here > MEASURED["classroom"] else ""
+    return f"{here:.1f} GiB of memory are allowed here, and a tour of the scale {name} took {needs} GiB: allow more{less}" \
+        if here < needs else ""
 
 
 def machine() -> list[Line]:
     "Cores, memory and accelerator."
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    lines = [("cores", str(cores), True)]
-    if "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {}):
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
-        lines.append(("memory", f"{memory:.0f} GiB" + ("" if memory > 3 else ": the tour needs about 3"), memory > 3))
+    lines, little = [("cores", str(cores()), True)], too_little()
+    lines.append(("memory", little or f"{memory():.1f} GiB", not little))
     try: import torch
     except (ImportError, OSError) as e:  # missing, or a library that it needs is
         return [*lines, ("GPU", f"cannot say, for torch does not load: {' '.join(str(e).split())}", False)]
@@ -55,7 +103,7 @@ def machine() -> list[Line]:
 
 def free(path: Path) -> float:
     "Free space in GiB where `path` is, or would be."
-    while not path.exists(): path = path.parent
+    while not os.path.exists(path): path = path.parent
     return shutil.disk_usage(path).free / 2**30
 
 
@@ -64,7 +112,7 @@ def places() -> list[Line]:
     from .settings import cache_dir, scale
     lines = []
     for what, path in {"this folder": Path.cwd(), "downloads": cache_dir()}.items():
-        near = next(p for p in [path, *path.parents] if p.exists())
+        near = next(p for p in [path, *path.parents] if os.path.exists(p))
         room, allowed = free(path), os.access(near, os.W_OK)
         trouble = ", may not be written to" if not allowed else ", nearly full" if room < 2 else ""
         lines.append((what, f"{path}, {room:.0f} GiB free{trouble}", not trouble))

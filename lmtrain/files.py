@@ -6,12 +6,12 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['KINDS', 'ASIDE', 'SPLITS', 'kind_of', 'in_folder', 'raw', 'letters', 'check_letters', 'checked', 'passages', 'texts',
-           'objects', 'cells', 'rows_of', 'what_is', 'dig', 'document', 'documents', 'made', 'split_of', 'own',
-           'from_hub', 'tidied']
+__all__ = ['KINDS', 'ASIDE', 'SPLITS', 'check_readable', 'follow_umask', 'kind_of', 'in_folder', 'raw', 'letters',
+           'check_letters', 'checked', 'passages', 'texts', 'objects', 'cells', 'rows_of', 'what_is', 'dig', 'document',
+           'documents', 'made', 'split_of', 'own', 'from_hub', 'tidied']
 
 # %% ../nbs/0_core/03_files.ipynb #imports-2
-import codecs, csv, gzip, io, json, re, warnings, zlib
+import codecs, csv, errno, gzip, io, json, os, re, warnings, zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, cast
@@ -20,6 +20,23 @@ from typing import IO, Any, cast
 from datasets import Dataset, Features, IterableDataset, Value, load_dataset
 from pyarrow import ArrowException
 from pyarrow.parquet import ParquetFile
+
+# %% ../nbs/0_core/03_files.ipynb #modes
+def check_readable(path: Path) -> None:
+    "Raises PermissionError that names the first file at `path`, a file or a folder, that this user may not read."
+    need = os.R_OK | os.X_OK if path.is_dir() else os.R_OK
+    if os.path.exists(path) and not os.access(path, need):
+        raise PermissionError(errno.EACCES, "may not be read", str(path))
+    for part in sorted(path.iterdir()) if path.is_dir() else ():
+        if not part.name.startswith("."): check_readable(part)
+
+
+def follow_umask(folder: Path) -> None:
+    "Give all files in a new folder the mode that new files have there."
+    probe = folder / ".mode"
+    probe.touch(); mode = probe.stat().st_mode & 0o777; probe.unlink()
+    for path in folder.rglob("*"):
+        if path.is_file(): path.chmod(mode)
 
 # %% ../nbs/0_core/03_files.ipynb #kinds
 KINDS = {".txt": "text", ".md": "text", ".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv",
@@ -85,8 +102,10 @@ def check_letters(path: Path) -> None:
 def checked(path: Path) -> list[Path]:
     """The data files at `path`, a file or a folder of one kind, found readable.
 
-    Raises ValueError for a file that is of an unknown kind, empty, or not UTF-8.
+    Raises ValueError for a file that is of an unknown kind, empty, or not UTF-8, PermissionError for one that may not
+    be read.
     """
+    check_readable(path)
     if not path.is_dir() and not kind_of(path):
         raise ValueError(f"{path}: files end in {', '.join(KINDS)}, not {path.suffix!r}")
     files = in_folder(path) if path.is_dir() else [path]

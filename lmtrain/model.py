@@ -33,6 +33,7 @@ from transformers import (AutoConfig, GenerationConfig, PreTrainedModel, PreTrai
 # %% ../nbs/0_core/05_model.ipynb #imports-4
 from .batch import Batch, Columns, sees
 from .text import load_tokenizer
+from .files import check_readable, follow_umask
 
 # %% ../nbs/0_core/05_model.ipynb #size
 @dataclass(frozen=True)
@@ -303,6 +304,7 @@ def save(model: LM, tok: PreTrainedTokenizerFast, path: str | Path) -> Path:
     try:
         beside.mkdir()
         written(model, tok, beside)
+        follow_umask(beside)
         if path.exists(): os.replace(path, old)
         try: os.replace(beside, path)
         except OSError:
@@ -325,8 +327,10 @@ def headed(model: LM, path: Path) -> LM:
 def load(path: str | Path) -> tuple[Transformer, PreTrainedTokenizerFast]:
     """Open a directory written by `save` (or a Qwen3 directory with tied embeddings) as (model, tokenizer).
 
-    Raises OSError if there is none, ValueError, by name, for what the native model would compute differently.
+    Raises OSError if there is none or it may not be read, ValueError, by name, for what the native model would
+    compute differently.
     """
+    check_readable(Path(path))
     if not Path(path, "config.json").exists():
         raise OSError(f"no model at {str(path)!r}: it has no config.json; give a directory that save(...) wrote, or "
                       "Pretrained(name) for a name on the hub")

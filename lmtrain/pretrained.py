@@ -120,6 +120,8 @@ class Pretrained(LM):
             masked = "MaskedLM" in str(AutoConfig.from_pretrained(name_or_module).architectures)
             kind = AutoModelForMaskedLM if masked else AutoModelForCausalLM
             name_or_module = kind.from_pretrained(name_or_module, dtype=torch.float32)
+            mapped = (*name_or_module.parameters(), *name_or_module.buffers())
+            for p in mapped: p.data = p.data.clone()       # its own: a view of a file keeps it from being replaced
         self.net = name_or_module
         config, table = self.net.config.get_text_config(), embeddings(self.net)
         self.vocab, self.inputs, self.room = table.shape[0], Inputs.of(self.net), room(self.net)

@@ -29,6 +29,7 @@ import torch
 from . import __version__, experiments
 from .checkpoint import write
 from .claims import Verdict
+from .train import say
 
 # %% ../nbs/8_tour/01_reproduce.ipynb #find
 def names() -> list[str]:
@@ -165,7 +166,7 @@ def attempt(name: str, seed: int, size: float, out: Path, say: Callable[[str], o
 
 # %% ../nbs/8_tour/01_reproduce.ipynb #reproduce-all
 def reproduce(wanted: Sequence[str], seeds: int = 3, size: float = 1.0, out: str | Path = "results",
-              budget: float | None = None, again: bool = False, say: Callable[[str], object] = print,
+              budget: float | None = None, again: bool = False, say: Callable[[str], object] = say,
               to: str | Path | None = None) -> dict[str, Verdict]:
     """Make the runs that are due, at most for `budget` minutes, and their page, in `out` or in `to`.
 

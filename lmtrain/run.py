@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['class_of', 'from_tokenizer', 'read', 'longer', 'opened', 'roomy', 'Job', 'model_of', 'continued', 'go_on', 'train',
-           'rehearse', 'finish']
+__all__ = ['class_of', 'from_tokenizer', 'read', 'longer', 'opened', 'roomy', 'Job', 'model_of', 'continued', 'go_on', 'prepared',
+           'train', 'rehearse', 'finish']
 
 # %% ../nbs/8_tour/02_run.ipynb #imports-2
 import ast
@@ -17,6 +17,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import MISSING, Field, asdict, dataclass, fields, is_dataclass
 from importlib import import_module
 from pathlib import Path
@@ -30,14 +31,15 @@ from transformers import PreTrainedTokenizerFast, logging
 
 # %% ../nbs/8_tour/02_run.ipynb #imports-4
 from .text import Rows, examples, load_tokenizer, regular_ids, train_bpe
+from .files import check_readable
 from .corpora import corpus
 from .model import LM, Size, Transformer, check_weights_finite, load, save
 from .pretrained import Pretrained
 from .objective import Objective
 from .optim import fitting_optimizer
 from .loader import Loader
-from .train import History, Progress, Trainer, fitting_accelerator, native_bf16
-from .checkpoint import Save, resume, write
+from .train import History, Progress, Trainer, fitting_accelerator, idle_gpus, native_bf16, say
+from .checkpoint import Save, locked, resume, write
 from .evaluate import Evaluate, held_loss
 from .settings import scale
 
@@ -104,6 +106,7 @@ def opened(path: str, length: int = 0) -> tuple[LM, PreTrainedTokenizerFast]:
     logging.disable_progress_bar()                         # of the weights that are read
     if not Path(path).exists() and (path.count("/") != 1 or path.startswith(".")):
         raise OSError(f"no model at {path!r}: give a folder, owner/name on the hub, or Size(...)")
+    check_readable(Path(path))
     try: model, tok = load(path)                           # what the native model computes as well
     except (OSError, ValueError, KeyError):
         try: model, tok = Pretrained(path), load_tokenizer(path)
@@ -202,16 +205,9 @@ def go_on(trainer: Trainer, out: Path, look: Callable[[LM], dict[str, float]], s
         raise
     return seen.seen
 
-# %% ../nbs/8_tour/02_run.ipynb #train
-def train(job: Job, out: str | Path, say: Callable[[str], object] = print) -> History:
-    """Do a job in the folder `out`, or go on with it; the model ends in `out`/model.
-
-    Raises ValueError for a job that makes no sense, OSError if something cannot be read or written.
-    """
-    accelerator, out = fitting_accelerator(), Path(out)
-    tell = say if accelerator.is_main_process else lambda text: None
-    job.check(out)
-    out.mkdir(parents=True, exist_ok=True)
+# %% ../nbs/8_tour/02_run.ipynb #prepared
+def prepared(job: Job, out: Path, accelerator: Accelerator) -> tuple[Trainer, Rows, PreTrainedTokenizerFast]:
+    "The trainer of a job, the rows of text that is held out, and the tokenizer."
     with accelerator.main_process_first(): splits = corpus(job.data, job.column, lines=job.lines)
     texts, held_texts = splits["train"]["text"][:], splits["validation"]["text"][:]
     model, tok = model_of(job, out, texts, accelerator)
@@ -220,13 +216,31 @@ def train(job: Job, out: str | Path, say: Callable[[str], object] = print) -> Hi
     loader = Loader(rows, objective, job.rows, job.length, pack=True, seed=job.seed, pad=tok.pad_token_id or 0)
     trainer = Trainer(model, objective, loader, job.lr, job.steps, job.window, accelerator=accelerator,
                       optimizer=fitting_optimizer(model, job.rows * job.window * job.length), bf16=native_bf16())
-    if accelerator.is_main_process:
-        rehearse(trainer.model, tok, out, lambda model: held_loss(model, objective, held.spread(1)))
-        job.keep(out)
-    tell(f"{objective!r}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} million parameters, {job.steps:,} "
-         f"steps of {job.window} x {job.rows} rows of {job.length} tokens on {accelerator.num_processes} process"
-         f"{'es' * (accelerator.num_processes > 1)}.")
-    finish(trainer, job, out, held, tok, tell)
+    return trainer, held, tok
+
+# %% ../nbs/8_tour/02_run.ipynb #train
+def train(job: Job, out: str | Path, say: Callable[[str], object] = say) -> History:
+    """Do a job in the folder `out`, or go on with it; the model ends in `out`/model.
+
+    Raises ValueError for a job that makes no sense, OSError if something cannot be read or written, or another run
+    writes to `out`.
+    """
+    accelerator, out = fitting_accelerator(), Path(out)
+    first = accelerator.is_main_process
+    tell = say if first else lambda text: None
+    if idle := idle_gpus(): tell(idle)
+    job.check(out)
+    out.mkdir(parents=True, exist_ok=True)
+    with locked(out) if first else nullcontext():
+        trainer, held, tok = prepared(job, out, accelerator)
+        if first:
+            rehearse(trainer.model, tok, out, lambda model: held_loss(model, trainer.objective, held.spread(1)))
+            job.keep(out)
+        n = sum(p.numel() for p in trainer.model.parameters())
+        tell(f"{trainer.objective!r}: {n / 1e6:.1f} million parameters, {job.steps:,} steps of {job.window} x "
+             f"{job.rows} rows of {job.length} tokens on {accelerator.num_processes} process"
+             f"{'es' * (accelerator.num_processes > 1)}.")
+        finish(trainer, job, out, held, tok, tell)
     accelerator.wait_for_everyone()
     accelerator.end_training()  # all leave the group together: a rank that just stopped could abort on its way out
     return trainer.history

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from configparser import ConfigParser
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -16,10 +17,32 @@ def data_file(name: str) -> Path:
     raise FileNotFoundError(f"{name} is missing from this installation of lmtrain: install it again")
 
 
+def usable(path: Path) -> bool:
+    "May this user write to `path`, or make it?"
+    while not os.path.exists(path) and path != path.parent: path = path.parent
+    return os.access(path, os.R_OK | os.W_OK | os.X_OK)
+
+
+def private_dir() -> Path:
+    "A folder among the temporary files that is this user's alone. Raises PermissionError if somebody else has it."
+    path = Path(tempfile.gettempdir(), f"lmtrain-{os.geteuid()}" if hasattr(os, "geteuid") else "lmtrain")
+    path.mkdir(mode=0o700, exist_ok=True)
+    found = path.lstat()
+    if hasattr(os, "geteuid") and (path.is_symlink() or found.st_uid != os.geteuid() or found.st_mode & 0o022):
+        raise PermissionError(f"{path} belongs to somebody else: set LMTRAIN_CACHE to a folder of your own")
+    return path
+
+
 def cache_dir() -> Path:
-    "Where downloads are kept: $LMTRAIN_CACHE, else $XDG_CACHE_HOME/lmtrain, else ~/.cache/lmtrain."
+    """Where downloads are kept: $LMTRAIN_CACHE, else $XDG_CACHE_HOME/lmtrain, else ~/.cache/lmtrain.
+
+    Where there is no home, or none that may be used (containers), a private folder among the temporary files.
+    """
     if own := os.environ.get("LMTRAIN_CACHE"): return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lmtrain"
+    if base := os.environ.get("XDG_CACHE_HOME"): return Path(base) / "lmtrain"
+    try: path = Path.home() / ".cache" / "lmtrain"
+    except RuntimeError: return private_dir()
+    return path if usable(path) else private_dir()
 
 
 @dataclass(frozen=True)
@@ -35,6 +58,13 @@ class Scale:
     minutes: float  # of training in the tour
     seed: int       # the first seed
     seeds: int      # how many seeds an experiment takes
+
+
+def scales() -> list[str]:
+    "The names of the scales in settings.ini."
+    ini = ConfigParser(interpolation=None)
+    ini.read(data_file("settings.ini"), encoding="utf-8")
+    return ini.sections()
 
 
 def scale(name: str | None = None) -> Scale:

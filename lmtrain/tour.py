@@ -31,8 +31,8 @@ from .model import LM, Size, Transformer, save
 from .objective import CLM
 from .optim import fitting_optimizer
 from .loader import Loader
-from .train import History, Trainer, native_bf16
-from .checkpoint import checkpoints, write
+from .train import History, Trainer, fitting_device, idle_gpus, native_bf16, say
+from .checkpoint import checkpoints, locked, write
 from .generation import generate
 from .evaluate import between, bits_per_byte, document_bits, ngram_bits
 from .views import compare, paint, paint_loss
@@ -51,7 +51,7 @@ class Story:
     steps: int | None = None                                # ... or a number of steps
     column: str = "text"                                    # which column of the data is the text
     lines: bool = False                                     # is each line of a text file a document?
-    say: Callable[[str], object] = print
+    say: Callable[[str], object] = say
     facts: dict = field(default_factory=dict)               # numbers, for `facts.json`
     sections: list[tuple[str, str]] = field(default_factory=list)  # (title, html) of the report
     # reading adds
@@ -125,7 +125,8 @@ def planning(s: Story) -> None:
     c = s.scale
     torch.manual_seed(c.seed)
     s.model = Transformer(Size(len(s.tok), c.dim, c.heads, layers=c.layers, length=c.length))
-    if torch.cuda.is_available(): s.model.cuda()
+    s.model.to(fitting_device())
+    if idle := idle_gpus(): s.say(idle)
     s.optimizer, s.bf16 = fitting_optimizer(s.model, c.rows * c.length), native_bf16()
     request = {"column": s.column, "lines": s.lines, "minutes": s.minutes, "steps": s.steps, "scale": asdict(c),
                **s.facts}
@@ -149,13 +150,14 @@ def glance(held: Rows) -> Callable[[LM], dict[str, float]]:
 
 # %% ../nbs/8_tour/03_tour.ipynb #pretraining
 def pretraining(s: Story) -> None:
-    "Causal language modelling on the training documents, with the learning curve in the report."
+    "Causal language modelling on the training documents; the model is saved, the learning curve goes to the report."
     s.before = sample(s)
     per = s.rows.nbytes / len(s.rows.tokens)
     trainer = Trainer(s.model, CLM(), batches(s), s.scale.lr, s.total, optimizer=s.optimizer, bf16=s.bf16)
     rehearse(s.model, s.tok, s.out, glance(s.held))
     look, h = go_on(trainer, s.out, glance(s.held), s.say, 8, per), trainer.history
     s.facts["training_seconds"] = round(sum(h["seconds"]), 1)
+    save(s.model, s.tok, s.out / "model")                  # before anything is shown
     took, planned = s.facts["training_seconds"] / 60, s.total * s.facts["seconds_per_step"] / 60
     if abs(took / planned - 1) > 0.1: s.say(f"  Training took {took:.1f} minutes where {planned:.1f} were planned: the "
                                             "machine was busier or idler than when its pace was measured.")
@@ -291,8 +293,7 @@ img{max-width:100%;background:#fff}
 
 
 def keeping(s: Story) -> None:
-    "The model as a directory for transformers, the facts as JSON, the report as one page."
-    save(s.model.cpu(), s.tok, s.out / "model")
+    "The facts as JSON, the report as one page."
     write(s.out / "facts.json", json.dumps(s.facts, indent=2, ensure_ascii=False) + "\n")
     body = "".join(f"<h2>{escape(title)}</h2>{html}" for title, html in s.sections)
     about = (f"{s.facts['parameters'] / 1e6:.1f} million parameters, trained on {s.facts['train_documents']:,} "
@@ -309,12 +310,13 @@ STAGES = reading, planning, pretraining, scoring, writing, comparing, keeping
 
 
 def tour(data: str = "shakespeare", minutes: float | None = None, steps: int | None = None, out: str | Path = "tour",
-         say: Callable[[str], object] = print, sizes: Scale | None = None, column: str = "text",
+         say: Callable[[str], object] = say, sizes: Scale | None = None, column: str = "text",
          lines: bool = False) -> Story:
     """Train a small language model on the `column` of `data` (or its `lines`), and write its report to `out`.
 
     `minutes` of training (by default those of settings.ini), or a number of `steps`. Raises ValueError for numbers
-    that make no sense, OSError if something cannot be read or written.
+    that make no sense, OSError if something cannot be read or written, or another
+    run writes to `out`.
     """
     if minutes is not None and steps is not None: raise ValueError("give minutes or steps, not both")
     for name, value in {"minutes": minutes, "steps": steps}.items():
@@ -323,5 +325,6 @@ def tour(data: str = "shakespeare", minutes: float | None = None, steps: int | N
     if out.exists() and not out.is_dir(): raise NotADirectoryError(f"{out} is a file: give a folder with --out")
     out.mkdir(parents=True, exist_ok=True)
     story = Story(data, out, sizes or scale(), minutes, steps, column, lines, say)
-    for stage in STAGES: stage(story)
+    with locked(out):
+        for stage in STAGES: stage(story)
     return story

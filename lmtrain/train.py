@@ -6,16 +6,18 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['Task', 'cast_to_bf16', 'History', 'Callback', 'Progress', 'check_terms', 'Steps', 'fitting_accelerator',
-           'native_bf16', 'check_accelerator', 'check_weights', 'alike', 'check_finite', 'check_objective', 'Trainer']
+__all__ = ['Task', 'cast_to_bf16', 'History', 'Callback', 'say', 'Progress', 'check_terms', 'Steps', 'fitting_device',
+           'idle_gpus', 'fitting_accelerator', 'native_bf16', 'check_accelerator', 'check_weights', 'alike',
+           'check_finite', 'check_objective', 'Trainer']
 
 # %% ../nbs/0_core/10_train.ipynb #imports-2
 import json
 import math
 import os
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import is_dataclass
 from itertools import islice, repeat
 from pathlib import Path
@@ -29,7 +31,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 # %% ../nbs/0_core/10_train.ipynb #imports-4
-from .batch import Batch
+from .batch import Batch, wide
 from .model import LM
 from .objective import Objective
 from .optim import adamw, warmup_decay
@@ -97,22 +99,36 @@ class Callback:
     def end(self, trainer: Trainer) -> None: "After the last step, also when it was interrupted."
 
 # %% ../nbs/0_core/10_train.ipynb #progress
+def say(text: object) -> None:
+    "Print a line. Nothing ends a run here: letters that a terminal lacks are question marks, a closed one is silence."
+    try: print(text, flush=True)
+    except UnicodeEncodeError as e: print(str(text).encode(e.encoding, "replace").decode(e.encoding), flush=True)
+    except (OSError, ValueError): pass                     # nobody reads it any more
+
+
 class Progress(Callback):
     "A progress bar: loss, bits per byte (if told the bytes a token stands for), tokens a second, time left."
     def __init__(self, bytes_per_token: float | None = None): self.bytes_per_token = bytes_per_token
 
     def begin(self, trainer: Trainer) -> None:
-        self.bar = tqdm(total=trainer.steps, initial=trainer.done, unit="step", dynamic_ncols=True, mininterval=0.5,
-                        disable=not trainer.accelerator.is_main_process)
+        self.bar, main = None, trainer.accelerator.is_main_process
+        with suppress(OSError, ValueError):                # a terminal that is gone is no reason to stop
+            self.bar = tqdm(total=trainer.steps, initial=trainer.done, unit="step", dynamic_ncols=True, mininterval=0.5,
+                            disable=not main or sys.stderr is None)
 
     def after_step(self, trainer: Trainer) -> None:
         recent = trainer.history.rows[-20:]
         loss = sum(r["loss"] for r in recent) / len(recent)
         rate = sum(r["tokens"] for r in recent) / sum(r["seconds"] for r in recent)
         bits = f", {loss / math.log(2) / self.bytes_per_token:.2f} bits/byte" if self.bytes_per_token else ""
-        self.bar.set_postfix_str(f"loss {loss:.3f}{bits}, {rate:,.0f} tokens/s", refresh=False); self.bar.update()
+        if self.bar is None: return
+        self.bar.set_postfix_str(f"loss {loss:.3f}{bits}, {rate:,.0f} tokens/s", refresh=False)
+        try: self.bar.update()
+        except (OSError, ValueError): self.bar.disable, self.bar = True, None
 
-    def end(self, trainer: Trainer) -> None: self.bar.close()
+    def end(self, trainer: Trainer) -> None:
+        with suppress(OSError, ValueError):
+            if self.bar is not None: self.bar.close()
 
 # %% ../nbs/0_core/10_train.ipynb #check-terms
 def check_terms(terms: dict[str, Tensor], counts: dict[str, Tensor]) -> None:
@@ -155,7 +171,7 @@ class Steps:
         "Named scalars summed over micro-batches and ranks."
         names = list(terms[0])
         device = self.accelerator.device
-        each = [[t[n].detach().to(device, torch.float64) for t in terms] for n in names]
+        each = [[wide(t[n].detach().to(device)) for t in terms] for n in names]
         sums = torch.stack([torch.stack(e).sum() for e in each])                       # (names,)
         if self.accelerator.num_processes > 1: sums = self.accelerator.reduce(sums, "sum")
         return dict(zip(names, sums, strict=True))
@@ -184,6 +200,17 @@ class Steps:
         if finite: self.optimizer.step()
         self.optimizer.zero_grad()
         return {**row, "norm": norm, "skipped": float(not finite)}
+
+# %% ../nbs/0_core/10_train.ipynb #devices
+def fitting_device() -> torch.device:
+    "This machine's accelerator (the first, if there are several), or its CPU."
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
+def idle_gpus() -> str:
+    "A sentence about the GPUs that a process without a launcher leaves alone; empty if there are none."
+    n = 0 if "WORLD_SIZE" in os.environ else torch.cuda.device_count()
+    return "" if n < 2 else f"{n} GPUs are here, one is used; all: torchrun --nproc-per-node {n} -m lmtrain train ..."
 
 # %% ../nbs/0_core/10_train.ipynb #accelerators
 def fitting_accelerator() -> Accelerator:

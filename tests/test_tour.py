@@ -62,8 +62,8 @@ def test_report_needs_nothing_else(story):
 
 def test_everything_is_written(story):
     s, said = story
-    assert {p.name for p in s.out.iterdir()} == {"facts.json", "history.jsonl", "held.jsonl", "model", "plan.json",
-                                                 "report.html", "samples.txt"}
+    assert {p.name for p in s.out.iterdir()} == {".lock", "facts.json", "history.jsonl", "held.jsonl", "model",
+                                                 "plan.json", "report.html", "samples.txt"}
     facts, history = json.loads((s.out / "facts.json").read_text()), (s.out / "history.jsonl").read_text().splitlines()
     assert facts["steps"] == len(history) == 12 and facts["scale"]["dim"] == 32
     assert {"bits_per_byte", "xz", "five_gram", "known_words", "longest_copy", "tokens_per_second"} <= facts.keys()

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 # %% ../../nbs/1_objectives/03_diffusion.ipynb #imports-4
-from ..batch import Batch, Example, Noise, collate, folded
+from ..batch import Batch, Example, Noise, collate, folded, wide
 from ..model import LM, evaluating, on
 from ..objective import Objective, hide, nll
 from ..text import Rows
@@ -86,7 +86,7 @@ GOLDEN, ROOT2, ROOT3 = 0x9E3779B9, 0x6A09E667, 0xBB67AE85  # behind the point of
 def times(b: Batch, noise: Noise, part: Tensor | int = 0) -> Tensor:
     "One t in [0,1) a document, or part of it, spread over neighbouring examples, epochs and parts: (B,T). Weyl (1916)."
     start = Noise(noise.seed).at(torch.full((), -1, device=b.index.device), 0xFFFFFFFD)
-    turn = folded(b.index) * GOLDEN + noise.epoch * ROOT2 + part * ROOT3 + (start.double() * 2**32).long()  # (B,T)
+    turn = folded(b.index) * GOLDEN + noise.epoch * ROOT2 + part * ROOT3 + ((start * 2**24).long() << 8)  # (B,T)
     return ((turn & 0xFFFFFFFF) >> 8).float() / 2**24
 
 # %% ../../nbs/1_objectives/03_diffusion.ipynb #noised
@@ -171,7 +171,7 @@ class ExactK(Schedule):
     "The linear schedule with a fixed number hidden: k of n, k uniform in 1..n, weight n/k. Nie et al. (2025)."
     def masks(self, t: Tensor, u: Tensor, may: Tensor, part: Tensor) -> tuple[Tensor, Tensor]:
         rank, n = ranked(u, may, part)                                                 # (B,T) (B,T)
-        k = 1 + (n * t.double()).long()                                                # (B,T)
+        k = 1 + (n * (t * 2**24).long() >> 24)                                         # (B,T)
         hit = may & (rank < k)                                                         # (B,T)
         return hit, torch.where(hit, n / k, 0.0)
 
@@ -185,7 +185,7 @@ class Stepped(Schedule):
     steps: int
 
     def masks(self, t: Tensor, u: Tensor, may: Tensor, part: Tensor) -> tuple[Tensor, Tensor]:
-        tick = (t.double() * self.steps).long() + 1                                    # (B,T)
+        tick = (self.steps * (t * 2**24).long() >> 24) + 1                             # (B,T)
         hit = may & (u < tick / self.steps)                                            # (B,T)
         return hit, torch.where(hit, 1 / tick, 0.0) * self.steps                       # (B,T) (B,T)
 
@@ -201,8 +201,9 @@ def nelbo(model: LM, b: Batch, objective: Bounded, draws: int = 16, noise: Noise
     rows = []
     for d in range(draws):
         q = on(model, objective.corrupt(b, replace(noise, epoch=noise.epoch + d)))
-        row = q.loss_positions.clamp(min=0) // q.ids.shape[1]                          # (N,)
-        with evaluating(model): each = objective.terms(model, q).double().masked_fill(q.loss_positions < 0, 0.0)  # (N,)
+        with evaluating(model): each = wide(objective.terms(model, q))                 # (N,)
+        at = q.loss_positions.to(each.device)                                          # (N,)
+        row, each = at.clamp(min=0) // q.ids.shape[1], each.masked_fill(at < 0, 0.0)   # (N,) (N,)
         rows.append(each.new_zeros(len(b)).index_add(0, row, each))                    # (B,)
     nats = torch.stack(rows)                                                           # (draws,B)
     error = nats.std(0) / math.sqrt(draws) if draws > 1 else nats[0] * math.nan        # (B,)

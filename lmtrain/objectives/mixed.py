@@ -119,9 +119,10 @@ class Mix(Objective):
     def shares(self, epoch: int) -> tuple[float, ...]: return self.probs
 
     def corrupt(self, b: Batch, noise: Noise) -> Batch:
-        shares = torch.tensor(self.shares(noise.epoch), dtype=torch.float64, device=b.ids.device)  # (K,)
-        u = noise.row(b, DRAW).double()                                                # (B,)
-        part, done = torch.bucketize(u, shares.cumsum(0)[:-1], right=True), []         # (B,)
+        shares = torch.tensor(self.shares(noise.epoch), dtype=torch.float64)           # (K,)
+        u = noise.row(b, DRAW).cpu().double()                                          # (B,)
+        part = torch.bucketize(u, shares.cumsum(0)[:-1], right=True).to(b.ids.device)  # (B,)
+        done, share = [], shares.float().to(b.ids.device)                              # (K,)
         for k, (name, o) in enumerate(self.parts.items()):
             if not shares[k]: continue
             rows = (part == k).nonzero()[:, 0]                                         # (n,)
@@ -131,7 +132,7 @@ class Mix(Objective):
                                  f"into {len(q)} of {q.ids.shape[1]}: rows of a batch have one length; train it apart")
             n = torch.tensor([int(o.count(q[r:r + 1])[o.name]) for r in range(len(q))], dtype=torch.long)
             done.append((rows, q.with_extra(loss_tokens=n.to(rows))))
-        return merged(done).with_extra(part=part, share=shares.float()[part])
+        return merged(done).with_extra(part=part, share=share[part])
 
     def _weights(self, b: Batch) -> tuple[Tensor, Tensor]:
         mine = b.extra["part"][:, None] == torch.arange(len(self.parts), device=b.ids.device)  # (B,K)

@@ -29,7 +29,7 @@ from .samplers import first_hitting, unmask
 from ..optim import fitting_optimizer
 from ..text import Rows, regular_ids
 from ..loader import Loader
-from ..train import Trainer
+from ..train import Trainer, fitting_device
 
 # %% ../../nbs/1_objectives/05_recipes.ipynb #ways
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def trained(way: Recipe, size: Size, rows: Rows, batch: int, steps: int, lr: flo
     "A new model that learnt in this way: from the same weights and the same rows for every way."
     torch.manual_seed(seed)
     model = Transformer(size)
-    if torch.cuda.is_available(): model.cuda()
+    model.to(fitting_device())
     loader = Loader(rows, way.objective, batch, size.length, pack=True, seed=seed)
     Trainer(model, way.objective, loader, lr, steps, optimizer=fitting_optimizer(model, batch * size.length),
             bf16=bf16).fit()
