@@ -9,7 +9,7 @@ ARGS ?=
 READY := $(VENV)/ready-$(shell cat pyproject.toml setup.py constraints.txt | cksum | tr ' ' '-')
 
 .DEFAULT_GOAL := help
-.PHONY: help tour test browser bench reproduce notebooks export lint readme clean
+.PHONY: help tour test browser bench bounds reproduce notebooks export lint readme clean
 
 help: ## Show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -28,6 +28,10 @@ bench: $(READY) ## Measure speed beside transformers' Trainer, about an hour on 
 	@$(BIN)/python -m benchmarks.speed --compile
 	@$(BIN)/python -m benchmarks.time_to_loss
 	@$(BIN)/python -m benchmarks.masking
+	@$(BIN)/python -m benchmarks.memory
+
+bounds: $(READY) ## Run the tests with the lowest versions allowed and with the newest, about an hour; ARGS="--only lowest"
+	@$(BIN)/python -m benchmarks.bounds $(ARGS)
 
 reproduce: $(READY) ## Measure the claims of papers again, about half an hour; ARGS="--seeds 5"
 	@$(BIN)/lmtrain reproduce --all --out data/results --page docs/results $(ARGS)
