@@ -181,9 +181,12 @@ def lab(name: Annotated[Optional[str], typer.Argument(help="masking, noise or lo
         html: Annotated[Optional[str], typer.Option(help="Write the lab as one page that needs no kernel, and stop.")] = None,
         folder: Annotated[str, typer.Option(help="Where your copy of the notebooks is.")] = "lmtrain-notebooks",
         port: Annotated[int, typer.Option(help="The server's port; by default a free one.")] = 0,
-        browser: Annotated[bool, typer.Option(help="Open a browser.")] = True) -> None:
+        browser: Annotated[bool, typer.Option(help="Open a browser.")] = True,
+        copy: Annotated[bool, typer.Option("--copy", help="Copy the notebooks for a Jupyter of your own, and stop.")] = False,
+        ) -> None:
     "Open a lab, or the notebooks, in JupyterLab: on this machine only, behind a token."
-    from .labs.serve import serve, write_page
+    from .labs.serve import copied, serve, write_page
+    if copy: return print("\n".join(copied(Path(folder))))
     if html is None: return serve(name, Path(folder), voila, port, browser)
     if name is None: raise ValueError("name the lab that is to be written: lmtrain lab masking --html masking.html")
     print(f"written: {write_page(name, Path(html))}")
