@@ -339,12 +339,13 @@ def run_all(page) -> None:
     raise AssertionError("the notebook did not run")
 
 
-def opened(words: list[str], folder: Path) -> tuple[subprocess.Popen, str, str]:
+def opened(words: list[str], folder: Path, **env: str) -> tuple[subprocess.Popen, str, str]:
     "A process of `lmtrain lab`, the address of its server, and its token, as their owner reads them."
     port = free()
     log = folder / "log"
     line = [sys.executable, "-m", "lmtrain", "lab", *words, "--no-browser", f"--port={port}"]
-    with log.open("w") as out: server = subprocess.Popen(line, stdout=out, stderr=out, start_new_session=True, cwd=folder)
+    with log.open("w") as out: server = subprocess.Popen(line, stdout=out, stderr=out, start_new_session=True, cwd=folder,
+                                                            env={**os.environ, **env})
     for _ in range(300):
         try: urlopen(f"http://127.0.0.1:{port}/api", timeout=2).read(1); break
         except OSError as e:
@@ -418,6 +419,22 @@ def test_another_user_finds_no_token(words, tmp_path):
             return
         assert asked(f"{address}/api/kernels", "POST") == 403
         assert asked(f"{address}/api/kernels", "POST", Authorization=f"token {token}") == 201
+    finally: ended(server)
+
+
+@pytest.mark.parametrize("words", [["masking"], ["masking", "--voila"]], ids=["jupyterlab", "voila"])
+def test_no_configuration_opens_the_door(words, tmp_path):
+    "A configuration that wants no token, and one of another server in the environment: the token is ours all the same."
+    (tmp_path / "jupyter_server_config.py").write_text("c.IdentityProvider.token = ''\nc.ServerApp.token = ''\nc.Voila.token = ''\nc.ServerApp.ip = '0.0.0.0'\n")
+    (tmp_path / "jupyter_config.py").write_text("c.IdentityProvider.token = ''\nc.Voila.token = ''\nc.Voila.ip = '0.0.0.0'\n")
+    server, address, token = opened(words, tmp_path, JUPYTER_CONFIG_DIR=str(tmp_path), JUPYTER_TOKEN="known")
+    try:
+        assert f"00000000:{int(address.rpartition(':')[2]):04X}" not in Path("/proc/net/tcp").read_text()
+        if "--voila" in words:
+            for more in ("", "?token=known"): assert "/login" in urlopen(f"{address}/{more}", timeout=60).url
+            assert "/login" not in urlopen(f"{address}/?token={token}", timeout=60).url
+            return
+        for key, status in (("", 403), ("known", 403), (token, 201)): assert asked(f"{address}/api/kernels", "POST", Authorization=f"token {key}") == status
     finally: ended(server)
 
 

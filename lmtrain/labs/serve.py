@@ -105,11 +105,23 @@ def application(voila: bool) -> Any:
     return getattr(import_module(module), name)
 
 
+def made(app: Any, voila: bool, line: list[str], token: str) -> Any:
+    "The server, ready to start, with this token whatever a configuration file says."
+    if voila:
+        server = app.instance()
+        server.initialize(line)
+        server.token = token
+    else:
+        server = app.initialize_server(argv=line)
+        server.identity_provider.token = token
+    return server
+
+
 def arguments(folder: Path, name: str | None, voila: bool, port: int) -> list[str]:
     "The server's arguments, without the token: all users of a machine may read them. Raises ValueError for an app without a name."
     if voila and name is None: raise ValueError(f"an app needs a name: lmtrain lab {' or '.join(CLASSES)} --voila")
     if voila:
-        return [str(folder / f"{name}.ipynb"), "--Voila.ip=127.0.0.1", "--Voila.auto_token=True", f"--Voila.port={port}",
+        return [str(folder / f"{name}.ipynb"), "--Voila.ip=127.0.0.1", f"--Voila.port={port}",
                 "--Voila.port_retries=0", "--no-browser"]
     where = f"--LabApp.default_url=/lab/tree/{name}.ipynb" if name else "--LabApp.default_url=/lab"
     root = ["--allow-root"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []
@@ -148,7 +160,7 @@ def open_when_up(port: int, page: Path) -> None:
 def serve(name: str | None, folder: Path, voila: bool = False, port: int = 0, browser: bool = True) -> None:
     """Copy what is missing, and be the server until it is ended: by Ctrl-C, SIGTERM or SIGHUP.
 
-    The token is in files that only their owner may read, and on the screen if there is one; never in arguments or logs.
+    The token is in a file that only its owner may read, and on the screen if there is one; never in arguments or logs.
     Raises ValueError for an unknown lab or a server that is not installed, OSError if the port is taken.
     """
     if name is not None: known(name)
@@ -158,12 +170,8 @@ def serve(name: str | None, folder: Path, voila: bool = False, port: int = 0, br
     where = "" if voila else f"lab/tree/{name}.ipynb" if name else "lab"
     with tempfile.TemporaryDirectory(prefix="lmtrain-lab-") as private:  # mode 700
         page = door(url := f"http://127.0.0.1:{port}/{where}", token, Path(private))
-        secret = Path(private, "token")
-        secret.touch(0o600); secret.write_text(token, encoding="utf-8")
-        os.environ.pop("JUPYTER_TOKEN", None)              # of another server: it would go first
-        os.environ["JUPYTER_TOKEN_FILE"] = str(secret)
         if hasattr(signal, "SIGHUP"): signal.signal(signal.SIGHUP, lambda *_: signal.raise_signal(signal.SIGTERM))
         print(f"Open {url}?token={token}" if sys.stdout.isatty() else f"Open {page} in a browser.", "Ctrl-C ends the server.",
               flush=True)
         if browser: open_when_up(port, page)
-        app.launch_instance(argv=line)
+        made(app, voila, line, token).start()
