@@ -25,8 +25,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 # %% ../nbs/0_core/11_checkpoint.ipynb #imports-4
+from .files import follow_umask, rename
 from .loader import described
-from .model import check_weights_finite, follow_umask
+from .model import check_weights_finite
 from .train import Callback, Trainer, say
 
 # %% ../nbs/0_core/11_checkpoint.ipynb #split
@@ -83,7 +84,7 @@ def write(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".making-") as folder:
         (Path(folder) / path.name).write_text(text, encoding="utf-8", newline="")
-        os.replace(Path(folder) / path.name, path)
+        rename(Path(folder) / path.name, path)
 
 # %% ../nbs/0_core/11_checkpoint.ipynb #locked
 @contextmanager
@@ -118,7 +119,7 @@ def save_state(path: str | Path, **objects: Any) -> Path:
         (beside / SUMS).write_text(sums(beside), encoding="utf-8", newline="")
         follow_umask(beside)
         for file in [*beside.iterdir(), beside]: synced(file)
-        os.rename(beside, path)
+        rename(beside, path)
         synced(path.parent)
     finally: shutil.rmtree(beside, ignore_errors=True)
     return path
@@ -143,10 +144,14 @@ def verify(path: str | Path) -> None:
 
 
 def load_state(path: str | Path) -> dict[str, Any]:
-    "The states that `save_state` kept, under their names, verified first. Raises what `verify` raises."
+    """The states that `save_state` kept, under their names, verified first. Raises what `verify` raises.
+
+    Their tensors are no views of the files, which may be removed while they live.
+    """
     verify(path)
     skeletons = {p.stem: json.loads(p.read_text(encoding="utf-8")) for p in sorted(Path(path).glob("*.json"))}
-    return {name: join(s, load_file(Path(path) / f"{name}.safetensors")) for name, s in skeletons.items()}
+    tensors = {name: load_file(Path(path) / f"{name}.safetensors") for name in skeletons}
+    return {name: join(s, {k: t.clone() for k, t in tensors[name].items()}) for name, s in skeletons.items()}
 
 # %% ../nbs/0_core/11_checkpoint.ipynb #trainer-state
 def optimized(trainer: Trainer) -> list[tuple[str, Any, nn.Parameter]]:
@@ -289,7 +294,7 @@ class Save(Callback):
             shutil.rmtree(path, ignore_errors=True)        # a damaged one, which was not resumed from
             save_state(path, **state)
             older = [p for p in checkpoints(self.root) if step_of(p) < trainer.done]  # damaged ones ahead stay
-            for old in older[self.keep - 1:]: shutil.rmtree(old)
+            for old in older[self.keep - 1:]: shutil.rmtree(old, ignore_errors=True)  # or next time
         trainer.accelerator.wait_for_everyone()
 
     def end(self, trainer: Trainer) -> None:

@@ -11,7 +11,7 @@ __all__ = ['PACKAGES', 'xz_bits', 'shingles', 'components', 'near_duplicates', '
            'from_catalogue', 'find', 'corpus', 'Api', 'public', 'signature', 'apis', 'Links', 'mentions', 'link_graph']
 
 # %% ../nbs/0_core/04_corpora.ipynb #imports-2
-import ast, errno, hashlib, importlib, importlib.util, inspect, json, lzma, os, re
+import ast, errno, hashlib, importlib, importlib.util, inspect, json, lzma, re
 import subprocess, sys, sysconfig, tempfile, warnings, zipfile, zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -28,7 +28,7 @@ import pandas as pd
 from datasets import Dataset, DatasetDict, IterableDatasetDict, concatenate_datasets, disable_progress_bars
 
 # %% ../nbs/0_core/04_corpora.ipynb #imports-4
-from .files import dig, from_hub, kind_of, own, tidied
+from .files import dig, from_hub, kind_of, own, rename, tidied
 from .settings import cache_dir, data_file
 
 # %% ../nbs/0_core/04_corpora.ipynb #xz
@@ -160,7 +160,7 @@ def cached(path: Path, make: Callable[[Path], None], sha256: str | None = None) 
             raise ValueError(f"{path.name} came with checksum {found[:12]}, expected {str(sha256)[:12]}: it is damaged "
                              "or not the one we know, and was not kept; try again")
         beside.write_text(found, encoding="ascii")
-        for made in (new, beside): os.replace(made, path.with_name(made.name))
+        for made in (new, beside): rename(made, path.with_name(made.name))
     return path
 
 # %% ../nbs/0_core/04_corpora.ipynb #python-docs

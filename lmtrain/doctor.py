@@ -39,31 +39,33 @@ def packages() -> list[Line]:
 
 
 MEASURED = {"classroom": 1.1, "laptop": 1.3}  # GiB that a tour took at its highest: python -m benchmarks.memory
-
-
 OWN_GROUPS, GROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")  # Linux's control groups
 
 
 def control(kind: str, name: str, old: str) -> list[str]:
-    "What the control groups around this process say in a file, the innermost first: of version 2 `name`, of version 1 `old`."
+    """What the control groups around this process say of `kind`, the innermost first.
+
+    `name` is the file of version 2, `old` that of version 1. In a container only the outermost can be seen.
+    """
     try: lines = OWN_GROUPS.read_text(encoding="utf-8").splitlines()
     except OSError: return []                              # no Linux
     out = []
-    for line in lines:
-        _, kinds, inside = line.split(":", 2)
+    for _, kinds, inside in (line.split(":", 2) for line in lines):
         if kinds and kind not in kinds.split(","): continue
         root = GROUPS / kind if kinds else GROUPS
-        for folder in [p := root / inside.lstrip("/"), *p.parents, root]:
-            if not folder.is_relative_to(root): continue
-            try: out.append((folder / (old if kinds else name)).read_text(encoding="utf-8").strip())
-            except OSError: continue                       # in a container only the root can be seen
+        inner = root / inside.lstrip("/")
+        for folder in (p for p in (inner, *inner.parents) if p.is_relative_to(root)):
+            path = folder / (old if kinds else name)
+            if path.is_file(): out.append(path.read_text(encoding="utf-8").strip())
     return out
 
 
 def memory() -> float:
     "GiB of memory that this process may use: of the machine, of the container around it, or as `ulimit -v` says."
-    import psutil
-    found = [psutil.virtual_memory().total, *map(int, filter(str.isdigit, control("memory", "memory.max", "memory.limit_in_bytes")))]
+    found = [math.inf, *map(int, filter(str.isdigit, control("memory", "memory.max", "memory.limit_in_bytes")))]
+    if importlib.util.find_spec("psutil"):
+        import psutil
+        found.append(psutil.virtual_memory().total)
     if importlib.util.find_spec("resource"):
         import resource
         if (most := resource.getrlimit(resource.RLIMIT_AS)[0]) > 0: found.append(most)
@@ -97,6 +99,8 @@ def machine() -> list[Line]:
         return [*lines, ("GPU", f"cannot say, for torch does not load: {' '.join(str(e).split())}", False)]
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     if gpus: gpus.append("with bf16" if torch.cuda.is_bf16_supported() else "without bf16")
+    if torch.backends.mps.is_available(): gpus.append("Apple's")
+    if torch.cuda.device_count() > 1: gpus.append("several: torchrun -m lmtrain train uses all of them")
     return [*lines, ("torch threads", str(torch.get_num_threads()), True),
             ("GPU", ", ".join(gpus) or "none: everything runs on the CPU", True)]
 

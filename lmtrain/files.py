@@ -6,12 +6,12 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['KINDS', 'ASIDE', 'SPLITS', 'check_readable', 'follow_umask', 'kind_of', 'in_folder', 'raw', 'letters',
-           'check_letters', 'checked', 'passages', 'texts', 'objects', 'cells', 'rows_of', 'what_is', 'dig', 'document',
-           'documents', 'made', 'split_of', 'own', 'from_hub', 'tidied']
+__all__ = ['PAUSES', 'KINDS', 'ASIDE', 'SPLITS', 'check_readable', 'follow_umask', 'rename', 'kind_of', 'in_folder', 'raw',
+           'letters', 'check_letters', 'checked', 'passages', 'texts', 'objects', 'cells', 'rows_of', 'what_is', 'dig',
+           'document', 'documents', 'made', 'split_of', 'own', 'check_hub', 'from_hub', 'tidied']
 
 # %% ../nbs/0_core/03_files.ipynb #imports-2
-import codecs, csv, errno, gzip, io, json, os, re, warnings, zlib
+import codecs, csv, errno, gzip, io, json, os, re, time, warnings, zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, cast
@@ -37,6 +37,17 @@ def follow_umask(folder: Path) -> None:
     probe.touch(); mode = probe.stat().st_mode & 0o777; probe.unlink()
     for path in folder.rglob("*"):
         if path.is_file(): path.chmod(mode)
+
+
+PAUSES = (0.05, 0.1, 0.2, 0.4, 0.8) if os.name == "nt" else ()  # seconds between tries
+
+
+def rename(source: Path, target: Path) -> None:
+    "Rename a file over another, or a folder to a new name. Raises OSError if it cannot be done."
+    for pause in PAUSES:
+        try: os.replace(source, target); return
+        except PermissionError: time.sleep(pause)
+    os.replace(source, target)
 
 # %% ../nbs/0_core/03_files.ipynb #kinds
 KINDS = {".txt": "text", ".md": "text", ".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv",
@@ -234,17 +245,22 @@ def own(path: Path, column: str = "text", streaming: bool = False, lines: bool =
     return {n: made(ps, column, lines, streaming) for n, ps in parts.items()}
 
 # %% ../nbs/0_core/03_files.ipynb #from-hub
-def from_hub(name: str, streaming: bool):
-    "A data set of the hub (`owner/name`, or `owner/name:config`) as a dict of splits. Raises OSError, in one line."
+def check_hub(name: str, kind: str) -> None:
+    "Raises OSError, in one line, if the hub cannot be reached or has no open `kind` (model, dataset) of that name."
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import RepositoryNotFoundError
-    repo, _, config = name.partition(":")
     try:
-        if not constants.HF_HUB_OFFLINE: HfApi().dataset_info(repo, timeout=20)
-    except RepositoryNotFoundError: raise OSError(f"the hub has no open data set called {repo!r}") from None
+        if not constants.HF_HUB_OFFLINE: HfApi().repo_info(name, repo_type=kind, timeout=20)
+    except RepositoryNotFoundError: raise OSError(f"the hub has no open {kind} called {name!r}") from None
     except Exception as e:
-        raise OSError(f"the hub cannot be reached to look for {repo!r} ({str(e)[:80]}): check the connection, or set "
-                      "HF_HUB_OFFLINE=1 to use a copy that is already here; 'python-docs' needs neither") from None
+        raise OSError(f"the hub cannot be reached to look for {name!r} ({str(e)[:80]}): check the connection, or set "
+                      "HF_HUB_OFFLINE=1 to use a copy that is already here") from None
+
+
+def from_hub(name: str, streaming: bool):
+    "A data set of the hub (`owner/name`, or `owner/name:config`) as a dict of splits. Raises OSError, in one line."
+    repo, _, config = name.partition(":")
+    check_hub(repo, "dataset")
     try: return load_dataset(repo, config or None, streaming=streaming)
     except Exception as e: raise OSError(f"{name!r} could not be loaded: {str(e).splitlines()[0][:200]}") from None
 

@@ -13,7 +13,6 @@ __all__ = ['Size', 'rotations', 'rotate', 'joined', 'Cache', 'attend', 'Attentio
 # %% ../nbs/0_core/05_model.ipynb #imports-2
 import copy
 import math
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,7 +32,7 @@ from transformers import (AutoConfig, GenerationConfig, PreTrainedModel, PreTrai
 # %% ../nbs/0_core/05_model.ipynb #imports-4
 from .batch import Batch, Columns, sees
 from .text import load_tokenizer
-from .files import check_readable, follow_umask
+from .files import check_readable, follow_umask, rename
 
 # %% ../nbs/0_core/05_model.ipynb #size
 @dataclass(frozen=True)
@@ -305,10 +304,10 @@ def save(model: LM, tok: PreTrainedTokenizerFast, path: str | Path) -> Path:
         beside.mkdir()
         written(model, tok, beside)
         follow_umask(beside)
-        if path.exists(): os.replace(path, old)
-        try: os.replace(beside, path)
+        if path.exists(): rename(path, old)
+        try: rename(beside, path)
         except OSError:
-            if old.exists(): old.rename(path)
+            if old.exists(): rename(old, path)
             raise
     finally:
         for left in (beside, old): shutil.rmtree(left, ignore_errors=True)

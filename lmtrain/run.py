@@ -13,7 +13,6 @@ __all__ = ['class_of', 'from_tokenizer', 'read', 'longer', 'opened', 'roomy', 'J
 import ast
 import json
 import math
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
@@ -31,7 +30,7 @@ from transformers import PreTrainedTokenizerFast, logging
 
 # %% ../nbs/8_tour/02_run.ipynb #imports-4
 from .text import Rows, examples, load_tokenizer, regular_ids, train_bpe
-from .files import check_readable
+from .files import check_hub, check_readable, rename
 from .corpora import corpus
 from .model import LM, Size, Transformer, check_weights_finite, load, save
 from .pretrained import Pretrained
@@ -106,14 +105,12 @@ def opened(path: str, length: int = 0) -> tuple[LM, PreTrainedTokenizerFast]:
     logging.disable_progress_bar()                         # of the weights that are read
     if not Path(path).exists() and (path.count("/") != 1 or path.startswith(".")):
         raise OSError(f"no model at {path!r}: give a folder, owner/name on the hub, or Size(...)")
-    check_readable(Path(path))
+    if Path(path).exists(): check_readable(Path(path))
+    else:
+        try: check_hub(path, "model")
+        except OSError as e: raise OSError(f"{path!r} is no folder here, and {e}") from None
     try: model, tok = load(path)                           # what the native model computes as well
-    except (OSError, ValueError, KeyError):
-        try: model, tok = Pretrained(path), load_tokenizer(path)
-        except OSError as e:
-            if Path(path).exists(): raise
-            why = str(e).splitlines()[0][:80]
-            raise OSError(f"{path!r} is no folder here, and the hub did not give it ({why})") from None
+    except (OSError, ValueError, KeyError): model, tok = Pretrained(path), load_tokenizer(path)
     room = roomy(model)
     if length > room: raise ValueError(f"rows have {length} tokens, this model reads {room}: give --length {room}")
     return longer(model, len(tok)), tok
@@ -168,7 +165,7 @@ def model_of(job: Job, out: Path, texts: list[str], accelerator: Accelerator) ->
         with tempfile.TemporaryDirectory(dir=out, prefix=".making-") as folder:  # one without a job is of another text
             train_bpe(texts, scale().vocab).save_pretrained(Path(folder) / "tokenizer")
             shutil.rmtree(out / "tokenizer", ignore_errors=True)
-            os.replace(Path(folder) / "tokenizer", out / "tokenizer")
+            rename(Path(folder) / "tokenizer", out / "tokenizer")
     accelerator.wait_for_everyone()
     tok, s = load_tokenizer(str(out / "tokenizer")), scale()
     size = asdict(Size(len(tok), s.dim, s.heads, layers=s.layers, length=job.length))

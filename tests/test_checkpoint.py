@@ -194,7 +194,7 @@ def test_a_disk_that_fills_at_every_write(tmp_path, monkeypatch):
             if writes and count == limit: raise OSError(errno.ENOSPC, "No space left on device")
             return f(*args, **kw)
         return g
-    for owner, name in (module, "save_file"), (os, "rename"), (os, "fsync"), (module.Path, "write_text"), (module.Path, "mkdir"):
+    for owner, name in (module, "save_file"), (os, "replace"), (os, "fsync"), (module.Path, "write_text"), (module.Path, "mkdir"):
         monkeypatch.setattr(owner, name, failing(getattr(owner, name)))
     while limit < 40:
         count, limit = 0, limit + 1

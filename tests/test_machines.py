@@ -134,6 +134,30 @@ def test_too_little_memory_is_said_before(tmp_path, monkeypatch, capsys):
         assert ("GiB of memory are allowed" in capsys.readouterr().err) == bool(says)
 
 
+def test_doctor_knows_other_machines(monkeypatch):
+    "Apple's GPU is one; several GPUs are told how they are used; without psutil the memory is no fault of doctor's. Control: here there is none."
+    here = lambda: dict((what, (found, fine)) for what, found, fine in doctor.machine())
+    if not torch.cuda.is_available(): assert here()["GPU"] == ("none: everything runs on the CPU", True)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert "Apple's" in here()["GPU"][0]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2); monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: f"GPU {i}")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    assert "torchrun" in here()["GPU"][0]
+    find = doctor.importlib.util.find_spec
+    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None if name == "psutil" else find(name))
+    monkeypatch.setattr(doctor, "OWN_GROUPS", Path("/nothing"))
+    assert here()["memory"][1]
+
+
+def test_an_extra_that_is_too_old_is_no_fault(monkeypatch):
+    "setuptools below what the extra `dev` asks for is said and does not count; a run-time package below its bound, the control, does."
+    real = doctor.version
+    for name, fine in (("setuptools", True), ("pytest", True), ("numpy", False)):
+        monkeypatch.setattr(doctor, "version", lambda n, name=name: "0.1" if n == name else real(n))
+        line = next(line for line in doctor.packages() if line[0] == name)
+        assert line[2] == fine and ("optional" in line[1]) == fine
+
+
 # ---- shared folders
 
 def modes(folder: Path) -> dict[str, int]: return {p.relative_to(folder).as_posix(): p.stat().st_mode & 0o777 for p in folder.rglob("*") if p.is_file()}

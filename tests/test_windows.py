@@ -1,5 +1,6 @@
 """Windows, emulated (tests/windows.py) and read: what opens, renames, syncs and names files there."""
 import ast
+import errno
 import json
 import mmap
 import os
@@ -103,6 +104,23 @@ def test_synced(tmp_path, monkeypatch):
     with rules(monkeypatch, tmp_path): synced(tmp_path / "f"); synced(tmp_path)
 
 
+@pytest.mark.parametrize("busy", [0, 2, 5, 99])
+def test_a_scanner_that_looks(tmp_path, monkeypatch, busy):
+    "A rename that is refused for a moment is tried again; one that stays refused is an error, and the old file stays."
+    monkeypatch.setattr("lmtrain.files.PAUSES", (0.,) * 5)
+    (tmp_path / "w").write_text("old")
+    real, tries = os.replace, []
+    def scanned(source, target):
+        tries.append(1)
+        if len(tries) <= busy: raise PermissionError(errno.EACCES, "Access is denied", str(target))
+        real(source, target)
+    monkeypatch.setattr(os, "replace", scanned)
+    if busy == 99:
+        with pytest.raises(PermissionError): write(tmp_path / "w", "new")
+    else: write(tmp_path / "w", "new")
+    assert (tmp_path / "w").read_text() == ("old" if busy == 99 else "new") and len(tries) == min(busy + 1, 6) and [*tmp_path.iterdir()] == [tmp_path / "w"]
+
+
 def test_whole_runs(tmp_path, monkeypatch):
     "A tour, and a run that is stopped, gone on with and continued from its own model in the same folder: under Windows' rules."
     monkeypatch.setenv("LMTRAIN_SCALE", "classroom")
@@ -155,6 +173,10 @@ def test_checkpoints_and_caches(tmp_path, monkeypatch, tok, pages):
         more = new(steps=8)
         assert resume(more, tmp_path / "c", lambda text: None) == 6
         more.fit()
+        last = new(Save(tmp_path / "c", every=1, keep=1), steps=9)                     # removes the one it went on from
+        assert resume(last, tmp_path / "c", lambda text: None) == 6
+        last.fit()
+        assert [p.name for p in (tmp_path / "c").iterdir()] == ["step-00000009"]
         with (tmp_path / "h.jsonl").open("ab") as f: f.write(b'{"step"')
         assert len(History.read(tmp_path / "h.jsonl")) == 6 and len(History(tmp_path / "h.jsonl")) == 0
         save_state(tmp_path / "s", a={"t": torch.ones(2)})
