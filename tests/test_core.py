@@ -53,6 +53,24 @@ def test_public_names_are_what_they_say():
             assert scope["it"] is getattr(module, name) and not isinstance(scope["it"], types.ModuleType)
 
 
+def test_editors_see_signatures(tmp_path):
+    "Jedi, which JupyterLab asks, knows each public name and its signature without running anything. Control: without the stub it does not."
+    import shutil
+    from pathlib import Path
+
+    import jedi
+    def signatures(root: Path, code: str) -> list[str]:
+        project = jedi.Project(root, smart_sys_path=False, sys_path=[str(root), *__import__("sys").path[1:]])
+        return [s.to_string() for s in jedi.Script(code, path=root / "x.py", project=project).get_signatures(1, len(code))]
+    root = Path(lmtrain.__file__).parent.parent
+    assert signatures(root, "from lmtrain import Trainer; Trainer(")[0].startswith("Trainer(model: LM, objective: Objective, batches: Iterable[Batch]")
+    assert signatures(root, "import lmtrain; lmtrain.generate(")[0].startswith("generate(model: Transformer, prompts: Sequence[Sequence[int]]")
+    names = {c.name for c in jedi.Script("import lmtrain; lmtrain.", path=root / "x.py").complete(1, len("import lmtrain; lmtrain."))}
+    assert {*lmtrain.__all__} <= names
+    shutil.copytree(root / "lmtrain", tmp_path / "lmtrain", ignore=shutil.ignore_patterns("*.pyi", "__pycache__"))
+    assert signatures(tmp_path, "from lmtrain import Trainer; Trainer(") == []
+
+
 # ---- noise
 
 def test_no_two_examples_share_their_numbers():
