@@ -38,7 +38,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'lmtrain.batch.mix': ('0_core/batch.html#mix', 'lmtrain/batch.py'),
                                'lmtrain.batch.sees': ('0_core/batch.html#sees', 'lmtrain/batch.py'),
                                'lmtrain.batch.starts': ('0_core/batch.html#starts', 'lmtrain/batch.py'),
-                               'lmtrain.batch.wide': ('0_core/batch.html#wide', 'lmtrain/batch.py')},
+                               'lmtrain.batch.to_float64': ('0_core/batch.html#to_float64', 'lmtrain/batch.py')},
             'lmtrain.checkpoint': { 'lmtrain.checkpoint.Save': ('0_core/checkpoint.html#save', 'lmtrain/checkpoint.py'),
                                     'lmtrain.checkpoint.Save.__init__': ('0_core/checkpoint.html#save.__init__', 'lmtrain/checkpoint.py'),
                                     'lmtrain.checkpoint.Save.after_step': ( '0_core/checkpoint.html#save.after_step',

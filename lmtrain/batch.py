@@ -7,7 +7,7 @@ from __future__ import annotations
 
 # %% auto #0
 __all__ = ['WITHOUT_FLOAT64', 'Example', 'sees', 'starts', 'Columns', 'Derived', 'Batch', 'check_examples', 'first_fit', 'lay',
-           'collate', 'mix', 'folded', 'Noise', 'wide', 'Trace']
+           'collate', 'mix', 'folded', 'Noise', 'to_float64', 'Trace']
 
 # %% ../nbs/0_core/01_batch.ipynb #imports-2
 from array import array
@@ -279,11 +279,11 @@ class Noise:
         "One number a row, by the example that begins it: (B,) float."
         return self.at(b.index[:, 0], 0xFFFFFFFE, draw)                                # (B,)
 
-# %% ../nbs/0_core/01_batch.ipynb #wide
+# %% ../nbs/0_core/01_batch.ipynb #to-float64
 WITHOUT_FLOAT64 = {"mps"}  # kinds of devices
 
 
-def wide(t: Tensor) -> Tensor:
+def to_float64(t: Tensor) -> Tensor:
     "The numbers in 64 bits, float64; on the CPU if their device has none."
     return (t.cpu() if t.device.type in WITHOUT_FLOAT64 else t).double()
 

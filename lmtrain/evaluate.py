@@ -23,7 +23,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 # %% ../nbs/0_core/13_evaluate.ipynb #imports-4
-from .batch import Example, Noise, collate, wide
+from .batch import Example, Noise, collate, to_float64
 from .model import LM, evaluating, on
 from .objective import CLM, Objective, hide, logp, shift
 from .text import Rows
@@ -43,7 +43,7 @@ def row_bits(model: LM, rows: Rows, batch: int = 16) -> np.ndarray:
     for i in range(0, len(rows), batch):
         b = on(model, CLM().corrupt(collate(rows[i:i + batch], T=T), Noise()))
         with evaluating(model): nats = -(logp(model, b) * b.weights).sum(1)            # (batch,)
-        out.append(wide(nats).cpu() / math.log(2))                                     # (batch,)
+        out.append(to_float64(nats).cpu() / math.log(2))                                     # (batch,)
     return torch.cat(out).numpy()                                                      # (rows,)
 
 # %% ../nbs/0_core/13_evaluate.ipynb #bits-of-documents
@@ -133,7 +133,7 @@ def likelihood(model: LM, items: Sequence[Example], batch: int = 32) -> np.ndarr
     out = []
     for i in range(0, len(items), batch):
         b = on(model, CLM().corrupt(collate(items[i:i + batch]), Noise()))
-        with evaluating(model): out.append(wide(logp(model, b) * b.weights).sum(1).cpu())  # (batch,)
+        with evaluating(model): out.append(to_float64(logp(model, b) * b.weights).sum(1).cpu())  # (batch,)
     return torch.cat(out).numpy() if out else np.zeros(0)                              # (n,)
 
 # %% ../nbs/0_core/13_evaluate.ipynb #pseudo-likelihood
@@ -153,7 +153,7 @@ def pseudo_likelihood(model: LM, items: Sequence[Example], mask_id: int, batch: 
         b = hide(whole, hit, mask_id)
         if shifted: b = shift(b.set(answer=hit))
         parts = (b[i:i + batch] for i in range(0, len(ask), batch))
-        with evaluating(model): out.append(sum(float(wide(logp(model, part)).sum()) for part in parts))
+        with evaluating(model): out.append(sum(float(to_float64(logp(model, part)).sum()) for part in parts))
     return np.array(out, float)                                                        # (n,)
 
 # %% ../nbs/0_core/13_evaluate.ipynb #choices

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 # %% ../nbs/0_core/12_generate.ipynb #imports-4
-from .batch import Batch, Example, Noise, Trace, collate, wide
+from .batch import Batch, Example, Noise, Trace, collate, to_float64
 from .model import LM, Cache, Transformer, evaluating, on
 
 # %% ../nbs/0_core/12_generate.ipynb #choose
@@ -31,7 +31,7 @@ def check_knobs(temperature: float, top_p: float = 1.0) -> None:
 
 def distribution(logits: Tensor, temperature: float = 1.0, top_p: float = 1.0) -> Tensor:
     "Probabilities to draw from: (B,V) float64. Holtzman et al. (2020)."
-    logits = wide(logits)                                                              # (B,V)
+    logits = to_float64(logits)                                                              # (B,V)
     if temperature == 0: return torch.zeros_like(logits).scatter_(1, logits.argmax(1, True), 1.0)
     p = (logits / temperature).softmax(1)                                              # (B,V)
     if top_p >= 1: return p
@@ -42,7 +42,7 @@ def distribution(logits: Tensor, temperature: float = 1.0, top_p: float = 1.0) -
 # %% ../nbs/0_core/12_generate.ipynb #draw
 def uniform(noise: Noise, row: Tensor, pos: Tensor, step: int) -> Tensor:
     "A number in [0, 1) for each (row, pos) of a step, fine enough for rare tokens: 48 bits, float64."
-    coarse, fine = (wide(noise.at(row, pos, 2 * step + k)) for k in (0, 1))
+    coarse, fine = (to_float64(noise.at(row, pos, 2 * step + k)) for k in (0, 1))
     return coarse + fine / 2**24
 
 

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 # %% ../nbs/0_core/10_train.ipynb #imports-4
-from .batch import Batch, wide
+from .batch import Batch, to_float64
 from .model import LM
 from .objective import Objective
 from .optim import adamw, warmup_decay
@@ -171,7 +171,7 @@ class Steps:
         "Named scalars summed over micro-batches and ranks."
         names = list(terms[0])
         device = self.accelerator.device
-        each = [[wide(t[n].detach().to(device)) for t in terms] for n in names]
+        each = [[to_float64(t[n].detach().to(device)) for t in terms] for n in names]
         sums = torch.stack([torch.stack(e).sum() for e in each])                       # (names,)
         if self.accelerator.num_processes > 1: sums = self.accelerator.reduce(sums, "sum")
         return dict(zip(names, sums, strict=True))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from apple import device
 
-from lmtrain.batch import Example, Noise, collate, wide
+from lmtrain.batch import Example, Noise, collate, to_float64
 from lmtrain.checkpoint import Save, load_state, restore, trainer_state
 from lmtrain.evaluate import bits_per_byte, likelihood, pseudo_likelihood
 from lmtrain.generation import distribution, fill, generate, left_to_right, uniform
@@ -84,13 +84,13 @@ def test_corruption_there(monkeypatch):
         assert torch.equal(got.ids, want.ids) and torch.allclose(got.weights, want.weights), o
 
 
-def test_wide(monkeypatch):
+def test_to_float64(monkeypatch):
     "64 bits: in place on the CPU, on the CPU from a device that has none; odds and uniform numbers are the same there."
     x = torch.randn(2, 9)
-    assert wide(x).dtype == torch.float64 and torch.equal(wide(x).float(), x)
+    assert to_float64(x).dtype == torch.float64 and torch.equal(to_float64(x).float(), x)
     with device(monkeypatch) as d:
         there = x.to(d)
-        assert there.device.type == "meta" and not wide(there).is_meta and torch.equal(wide(there), x.double())
+        assert there.device.type == "meta" and not to_float64(there).is_meta and torch.equal(to_float64(there), x.double())
         for knobs in ((0.,), (.7, .8)): assert torch.equal(distribution(there, *knobs), distribution(x, *knobs))
         at = torch.arange(4)
         assert torch.equal(uniform(Noise(), at.to(d), at.to(d), 3), uniform(Noise(), at, at, 3))

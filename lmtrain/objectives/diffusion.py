@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 # %% ../../nbs/1_objectives/03_diffusion.ipynb #imports-4
-from ..batch import Batch, Example, Noise, collate, folded, wide
+from ..batch import Batch, Example, Noise, collate, folded, to_float64
 from ..model import LM, evaluating, on
 from ..objective import Objective, hide, nll
 from ..text import Rows
@@ -201,7 +201,7 @@ def nelbo(model: LM, b: Batch, objective: Bounded, draws: int = 16, noise: Noise
     rows = []
     for d in range(draws):
         q = on(model, objective.corrupt(b, replace(noise, epoch=noise.epoch + d)))
-        with evaluating(model): each = wide(objective.terms(model, q))                 # (N,)
+        with evaluating(model): each = to_float64(objective.terms(model, q))                 # (N,)
         at = q.loss_positions.to(each.device)                                          # (N,)
         row, each = at.clamp(min=0) // q.ids.shape[1], each.masked_fill(at < 0, 0.0)   # (N,) (N,)
         rows.append(each.new_zeros(len(b)).index_add(0, row, each))                    # (B,)
