@@ -6,31 +6,40 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['Unit', 'Change', 'BLOCK', 'numbered', 'sized', 'evenly', 'units', 'shared', 'Bins', 'described', 'digest',
-           'loader_record', 'Loader']
+__all__ = ['Change', 'BLOCK', 'Thing', 'Unit', 'numbered', 'sized', 'evenly', 'shared', 'Items', 'joined', 'by_length', 'Bins',
+           'ahead', 'Part', 'described', 'digest', 'loader_record', 'Loader']
 
 # %% ../nbs/0_core/09_loader.ipynb #imports-2
+import copy
 import hashlib
 import os
 import re
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 # %% ../nbs/0_core/09_loader.ipynb #imports-3
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 # %% ../nbs/0_core/09_loader.ipynb #imports-4
 from .batch import Batch, Example, Noise, check_examples, first_fit, lay
 from .objective import Objective
 
 # %% ../nbs/0_core/09_loader.ipynb #units
-Unit = list[list[Example]]  # rows that stay together, each of one or more examples
 Change = Callable[[Example, Noise], Example]
-BLOCK = 1024                # items that are shuffled and packed together
+BLOCK = 1024  # items that are shuffled and packed together
+
+
+class Unit(NamedTuple):
+    "What is never cut apart: the rows of one item, or one row that several items share."
+    items: list[int]                          # their numbers
+    rows: int
+    made: list[list[Example]] | None = None   # their examples, where they had to be made to be measured
 
 
 def numbered(item: Example | list[Example], n: int) -> list[Example]:
@@ -46,20 +55,10 @@ def sized(items: Sequence | Iterable) -> bool:
 # %% ../nbs/0_core/09_loader.ipynb #evenly
 def evenly(units: list[Unit], ranks: int) -> list[list[Unit]]:
     "Units laid out over `ranks`, in order, with as equal numbers of rows as whole units allow."
-    total, done, out = sum(map(len, units)), 0, [list[Unit]() for _ in range(ranks)]
+    total, done, out = sum(u.rows for u in units), 0, [list[Unit]() for _ in range(ranks)]
     for unit in units:
-        out[min(ranks - 1, done * ranks // total)].append(unit); done += len(unit)
+        out[min(ranks - 1, done * ranks // total)].append(unit); done += unit.rows
     return out
-
-
-def units(items: list[list[Example]], T: int, pack: bool) -> Iterator[tuple[Unit, int]]:
-    "Units of rows for a block of items, with how many items each uses up."
-    if pack and any(len(i) > 1 for i in items):
-        raise ValueError("items of several examples cannot share rows: use pack=False")
-    check_examples([e for i in items for e in i], T, pack)
-    if not pack: yield from (([[e] for e in item], 1) for item in items)
-    else:
-        for row in first_fit([len(i[0]) for i in items], T): yield [[items[k][0] for k in row]], len(row)
 
 
 def shared(bins: list[list[Unit]], ranks: int) -> list[list[Unit]]:
@@ -67,42 +66,114 @@ def shared(bins: list[list[Unit]], ranks: int) -> list[list[Unit]]:
     return bins if len(bins) == ranks else evenly([unit for units in bins for unit in units], ranks)
 
 # %% ../nbs/0_core/09_loader.ipynb #loader-core
-class Bins:
-    "Bins of at most `rows` rows from shuffled items, epoch by epoch: the same for any number of ranks."
-    def __init__(self, items: Sequence | Iterable, rows: int, T: int, pack: bool = False, seed: int = 0,
-                 change: Change | None = None):
-        self.items, self.rows, self.T, self.pack, self.seed, self.change = items, rows, T, pack, seed, change
+class Items:
+    "What is loaded, item by item or in shuffled blocks: each item's numbers, its size, and its examples when they are needed."
+    def __init__(self, items: Sequence | Iterable, T: int, pack: bool, seed: int, change: Change | None, by_length: bool):
+        self.items, self.T, self.pack, self.seed, self.change, self.by_length = items, T, pack, seed, change, by_length
+        if pack and by_length: raise ValueError("packed rows are full: by_length is for items that are not packed")
 
-    def blocks(self, epoch: int, skip: int) -> Iterator[list[list[Example]]]:
-        "Blocks of shuffled items from block `skip` on."
+    def item(self, n: int, noise: Noise, given: Any = None) -> list[Example]:
+        "The examples of item `n`, numbered and changed; `given` is the item, if a stream gave it."
+        group = numbered(self.items[n] if given is None else given, n)  # type: ignore[index]
+        return [self.change(e.lists(), noise) for e in group] if self.change else group
+
+    def blocks(self, epoch: int, skip: int) -> Iterator[tuple[list[int], list]]:
+        "Numbers of shuffled items from block `skip` on, and the items themselves where only a stream has them."
         if sized(self.items):
             order = np.random.default_rng([self.seed, epoch]).permutation(len(self.items))  # type: ignore[arg-type]
-            for at in range(skip * BLOCK, len(order), BLOCK):
-                yield [numbered(self.items[n], n) for n in order[at:at + BLOCK].tolist()]  # type: ignore[index]
+            yield from ((order[at:at + BLOCK].tolist(), []) for at in range(skip * BLOCK, len(order), BLOCK))
             return
         stream = islice(enumerate(self.items), skip * BLOCK, None)
         for k in range(skip, 2**62):
-            if not (block := [numbered(item, n) for n, item in islice(stream, BLOCK)]): return
-            yield [block[i] for i in np.random.default_rng([self.seed, epoch, k]).permutation(len(block))]
+            if not (block := list(islice(stream, BLOCK))): return
+            order = np.random.default_rng([self.seed, epoch, k]).permutation(len(block))
+            yield [block[i][0] for i in order], [block[i][1] for i in order]
+
+    def units(self, block: list[int], given: list, noise: Noise) -> tuple[list[Unit], Sequence[int]]:
+        "A unit an item of a block, and how many tokens it has: made only where it must be, to be known or passed on."
+        known = getattr(self.items, "lengths", None) if sized(self.items) and not self.change else None
+        if known is not None:
+            if max(tokens := known[block].tolist()) > self.T:
+                check_examples(self.item(block[tokens.index(max(tokens))], noise), self.T, self.pack)
+            return [Unit([n], 1) for n in block], tokens
+        if not (given or self.pack or self.by_length) and isinstance(self.items[block[0]], Example):  # type: ignore[index]
+            return [Unit([n], 1) for n in block], [1] * len(block)
+        made = [self.item(n, noise, given[k] if given else None) for k, n in enumerate(block)]
+        if self.pack and any(len(m) > 1 for m in made):
+            raise ValueError("items of several examples cannot share rows: use pack=False")
+        check_examples([e for m in made for e in m], self.T, self.pack)
+        return [Unit([n], len(m), [m]) for n, m in zip(block, made, strict=True)], [max(map(len, m)) for m in made]
+
+# %% ../nbs/0_core/09_loader.ipynb #bins
+def joined(units: list[Unit]) -> Unit:
+    "Units of one row each as one row."
+    made = [m for u in units for m in u.made or ()]
+    return Unit([n for u in units for n in u.items], 1, made or None)
+
+
+def by_length(units: list[Unit], tokens: Sequence[int], rows: int, dice: np.random.Generator) -> list[Unit]:
+    "Units sorted by length and dealt out in batches of about `rows` rows, the batches in a drawn order, the last one last."
+    batches, full = [list[Unit]()], 0
+    for k in sorted(range(len(units)), key=lambda k: (tokens[k], k)):
+        if full + units[k].rows > rows and batches[-1]: batches.append([]); full = 0
+        batches[-1].append(units[k]); full += units[k].rows
+    order = [*dice.permutation(len(batches) - 1), len(batches) - 1]
+    return [u for k in order for u in batches[k]]
+
+
+class Bins(Items):
+    "Bins of at most `rows` rows from shuffled items, epoch by epoch: the same for any number of ranks."
+    def __init__(self, items: Sequence | Iterable, rows: int, T: int, pack: bool = False, seed: int = 0,
+                 change: Change | None = None, by_length: bool = False):
+        super().__init__(items, T, pack, seed, change, by_length)
+        self.rows = rows
+
+    def laid(self, units: list[Unit], tokens: Sequence[int], epoch: int, k: int) -> list[Unit]:
+        "The units of block `k` in the order in which they are laid out."
+        if self.pack: return [joined([units[i] for i in row]) for row in first_fit(tokens, self.T)]
+        dice = np.random.default_rng([self.seed, epoch, k, 1])
+        return by_length(units, tokens, self.rows, dice) if self.by_length else units
 
     def __call__(self, epoch: int, used: int) -> Iterator[tuple[list[Unit], int]]:
         "Bins of an epoch after `used` items, each with the items used up to and with it."
-        bin: list[Unit] = []
-        at, noise = used // BLOCK * BLOCK, Noise(self.seed, epoch)
-        for block in self.blocks(epoch, used // BLOCK):
-            if self.change: block = [[self.change(e, noise) for e in item] for item in block]
-            for unit, n in units(block, self.T, self.pack):
-                if at < used: at += n; continue
-                if len(unit) > self.rows:
-                    raise ValueError(f"an item has {len(unit)} rows, rows={self.rows}: raise rows")
-                if sum(map(len, bin)) + len(unit) > self.rows: yield bin, at; bin = []
-                bin.append(unit); at += n
+        bin, full, at, noise = list[Unit](), 0, used // BLOCK * BLOCK, Noise(self.seed, epoch)
+        for k, (block, given) in enumerate(self.blocks(epoch, used // BLOCK), used // BLOCK):
+            for unit in self.laid(*self.units(block, given, noise), epoch, k):
+                if at < used: at += len(unit.items); continue
+                if unit.rows > self.rows:
+                    raise ValueError(f"an item has {unit.rows} rows, rows={self.rows}: raise rows")
+                if full + unit.rows > self.rows: yield bin, at; bin, full = [], 0
+                bin.append(unit); full += unit.rows; at += len(unit.items)
+            if self.by_length and bin: yield bin, at; bin, full = [], 0
         if bin: yield bin, at
 
 # %% ../nbs/0_core/09_loader.ipynb #loader-workers
-class _Made(Dataset):  # lets a DataLoader call `make` in its workers
-    def __init__(self, make): self.make = make
-    def __getitem__(self, job): return self.make(job)
+Thing = TypeVar("Thing")
+
+
+def ahead(things: Iterator[Thing], n: int = 2) -> Iterator[Thing]:
+    "The same things, fetched up to `n` ahead by a thread; what it raises comes after the things before it."
+    pool, over = ThreadPoolExecutor(1), object()
+    waiting = deque(pool.submit(next, things, over) for _ in range(n))
+    try:
+        while (thing := waiting.popleft().result()) is not over:
+            waiting.append(pool.submit(next, things, over))
+            yield thing  # type: ignore[misc]
+    finally:
+        for w in waiting: w.cancel()
+        pool.shutdown()
+
+
+class Part(IterableDataset):
+    "The share of a loader's batches that one worker process makes, with the position after each."
+    def __init__(self, loader: Loader):
+        self.loader = copy.copy(loader)
+        self.loader.rank, self.loader.world = loader.shard  # a worker is in no process group
+
+    def __iter__(self):
+        me = get_worker_info()
+        assert me is not None, "a Part is for a DataLoader's worker"
+        return self.loader.made(me.id, me.num_workers)
 
 # %% ../nbs/0_core/09_loader.ipynb #record
 def described(thing: Any) -> str:
@@ -115,7 +186,7 @@ def digest(items: Sequence | Iterable, some: int = 16) -> str:
     if not sized(items): return type(items).__name__
     n, mix = len(items), hashlib.blake2b(digest_size=8)  # type: ignore[arg-type]
     for i in sorted({k * (n - 1) // max(1, some - 1) for k in range(some)} if n else ()):
-        mix.update(repr([e.ids for e in numbered(items[i], i)]).encode())  # type: ignore[index]
+        mix.update(repr([e.lists().ids for e in numbered(items[i], i)]).encode())  # type: ignore[index]
     return f"{n:,} items, {mix.hexdigest()}"
 
 
@@ -130,12 +201,13 @@ class Loader:
 
     `items` is a sequence, or an iterable that can be started again, of Examples or lists of Examples that belong
     together. Each batch has at most `rows` rows of `T` tokens. `change(example, noise)` makes another example of
-    each, anew in every epoch, before rows are made of them. Raises ValueError if there is nothing to load.
+    each, in lists, anew in every epoch, before rows are made of them. `by_length`: items of like length are batched
+    together, and a batch is as long as its longest row needs. Raises ValueError if there is nothing to load.
     """
     def __init__(self, items: Sequence | Iterable, objective: Objective, rows: int, T: int, pack: bool = False,
                  seed: int = 0, pad: int = 0, rank: int | None = None, world: int | None = None, workers: int = 0,
-                 change: Change | None = None):
-        self.bins, self.objective = Bins(items, rows, T, pack, seed, change), objective
+                 change: Change | None = None, by_length: bool = False):
+        self.bins, self.objective = Bins(items, rows, T, pack, seed, change, by_length), objective
         self.rank, self.world, self.workers = rank, world, workers
         self.T, self.seed, self.pad, self.epoch, self.used = T, seed, pad, 0, 0
 
@@ -149,9 +221,16 @@ class Loader:
 
     def plain(self, job: tuple[int, list[Unit]]) -> Batch:
         "The batch of a bin, before the objective."
-        rows = [(n, k, row) for n, unit in enumerate(job[1]) for k, row in enumerate(unit)]
-        role = [row[0].facts.get("role", k) for _, k, row in rows]
-        return lay([row for _, _, row in rows], self.T, self.pad, [n for n, _, _ in rows], role)
+        noise, bins = Noise(self.seed, job[0]), self.bins
+        units = [u.made or [bins.item(n, noise) for n in u.items] for u in job[1]]
+        some = [e for u in units for m in u for e in m]
+        check_examples(some, self.T, bins.pack)
+        if bins.pack: return lay([[m[0] for m in u] for u in units], self.T, self.pad)
+        if len(some) != sum(u.rows for u in job[1]): raise ValueError("give Examples or lists of Examples, not both")
+        rows = [(n, k, e) for n, u in enumerate(units) for k, e in enumerate(u[0])]
+        T = min(self.T, -(-max(map(len, some), default=1) // 64) * 64) if bins.by_length else self.T
+        return lay([[e] for _, _, e in rows], T, self.pad, [n for n, _, _ in rows],
+                   [e.facts.get("role", k) for _, k, e in rows])
 
     def make(self, job: tuple[int, list[Unit]]) -> Batch:
         "The batch of a bin: a pure function of the epoch and the rows."
@@ -175,15 +254,18 @@ class Loader:
                 "the items could be read only once: give a list, or an iterable that can be started again")
             epoch, used = epoch + 1, 0
 
+    def made(self, first: int = 0, step: int = 1) -> Iterator[tuple[tuple[int, int], Batch]]:
+        "Every `step`-th batch from `first` on, and the position after it."
+        for end, job in islice(self.jobs(), first, None, step):
+            b = self.make(job)
+            b.loss_positions, b.is_causal  # noqa: B018      # found here, where nobody waits for them
+            yield end, b
+
     def __iter__(self) -> Iterator[Batch]:
-        ends: list[tuple[int, int]] = []
-        def bins():
-            for end, job in self.jobs(): ends.append(end); yield job
-        made: Iterable[Batch] = map(self.make, bins())
-        if self.workers: made = DataLoader(_Made(self.make), None, sampler=bins(), num_workers=self.workers)
-        for b in made:
-            self.epoch, self.used = ends.pop(0)
-            yield b
+        made: Iterator = self.made()
+        if self.workers: made = iter(DataLoader(Part(self), None, num_workers=self.workers))
+        if torch.cuda.is_available(): made = ((end, b.pin_memory()) for end, b in made)
+        for (self.epoch, self.used), b in ahead(made): yield b
 
     def record(self) -> dict[str, Any]: return loader_record(self.bins, self.objective, self.pad)
 

@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['shift', 'hide', 'nll', 'logp', 'Objective', 'CLM', 'before_answer', 'PrefixLM', 'annotated', 'packed', 'unpacked',
-           'read_row', 'for_trainer']
+__all__ = ['shift', 'hide', 'nll', 'logp', 'Objective', 'CLM', 'before_answer', 'doc_sizes', 'PrefixLM', 'annotated', 'packed',
+           'unpacked', 'read_row', 'for_trainer']
 
 # %% ../nbs/0_core/07_objective.ipynb #imports-2
 from collections.abc import Callable, Iterable, Iterator
@@ -103,6 +103,12 @@ def before_answer(b: Batch) -> Tensor:
     return (seen == earlier) & (b.doc > 0)
 
 
+def doc_sizes(doc: Tensor) -> Tensor:
+    "How many tokens each token's document has: (B,T) long."
+    begin = starts(doc)                                                                # (B,T)
+    return torch.zeros_like(doc).scatter_add(1, begin, torch.ones_like(doc)).gather(1, begin)
+
+
 @dataclass
 class PrefixLM(Objective):
     """Causal after a prefix that is read in both directions. Liu et al. (2018), Raffel et al. (2020).
@@ -115,8 +121,7 @@ class PrefixLM(Objective):
     def corrupt(self, b: Batch, noise: Noise) -> Batch:
         if self.cut is not None:
             if not 0 < self.cut <= 1: raise ValueError(f"PrefixLM: cut={self.cut} must be a share, above 0 and up to 1")
-            same = b.doc[:, :, None] == b.doc[:, None]                                 # (B,T,T)
-            n = 1 + (noise.doc(b) * self.cut * same.sum(-1)).long()                    # (B,T)
+            n = 1 + (noise.doc(b) * self.cut * doc_sizes(b.doc)).long()                # (B,T)
             b = b.set(answer=b.answer & (b.doc_pos >= n))
         prefix = before_answer(b)                                                      # (B,T)
         if ((b.doc_pos == 0) & (b.doc > 0) & ~prefix).any():

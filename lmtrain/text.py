@@ -135,15 +135,20 @@ class Rows(Sequence):
         self.tokens, self.cuts = tokens, cuts             # (N,), (rows,3)
         self.sizes, self.docs = sizes, docs               # (rows,) bytes of text in each row, its document's number
         self.lossy = lossy                                # what the tokenizer loses of the text; empty: nothing
+        self.lengths = (cuts[:, 1] - cuts[:, 0]).astype(np.int32)  # (rows,) tokens of each row
+        self._ids = np.asarray(tokens)                    # a slice of a memory map takes eight times as long
+        self._skip = int(cuts[:, 2].max(initial=0))
+        self._answers = np.arange(self._skip + int(self.lengths.max(initial=0))) >= self._skip  # of each row a piece
+        self._answers.flags.writeable = False
 
     def __len__(self) -> int: return len(self.cuts)
 
     def __getitem__(self, i):  # Example, or a list of them for a slice
         if isinstance(i, slice): return [self[j] for j in range(*i.indices(len(self)))]
         if not -len(self) <= i < len(self): raise IndexError(f"row {i} of {len(self)}")
-        start, stop, skip = (int(v) for v in self.cuts[i])
-        answer = [False] * skip + [True] * (stop - start - skip)
-        return Example(self.tokens[start:stop].tolist(), answer[:stop - start], index=i % len(self))
+        start, stop, skip = self.cuts[i].tolist()
+        answer = self._answers[self._skip - skip:self._skip - skip + stop - start]         # (n,)
+        return Example(self._ids[start:stop].astype(np.int32), answer, index=int(i) % len(self))
 
     @property
     def nbytes(self) -> int: return round(float(self.sizes.sum()))

@@ -266,7 +266,7 @@ def comparing(s: Story) -> None:
         s.say(f"  {name:<10} {ahead:>5} left to right   {any_order:>5} in any order   {right:>4} of gaps")
     s.say("  (bits per byte; in any order a bound; - was not learnt)")
     line = held[len(held) // 2]
-    sentence = collate([replace(line, ids=line.ids[:32], answer=(line.answer or [])[:32], index=0)])
+    sentence = collate([replace(line, ids=line.ids[:32], answer=line.answer[:32], index=0)])
     s.show("Three training objectives, and their mixture", recipe_table(cells) + str(
         compare([w.objective for w in known.values()], sentence, s.tok, seed=5)))
 

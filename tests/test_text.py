@@ -282,7 +282,7 @@ def test_cls_and_sep_are_the_ends(tmp_path):
     own = word_level(["the"]); own.save_pretrained(tmp_path)
     tok = load_tokenizer(tmp_path)
     assert (tok.bos_token, tok.eos_token) == ("[CLS]", "[SEP]") and len(tok) == len(own)
-    assert examples(["the the"], tok, 8)[0].ids == [1, 5, 5, 2]
+    assert examples(["the the"], tok, 8)[0].lists().ids == [1, 5, 5, 2]
 
 
 def test_regular_ids_around_a_special_token_in_the_middle():
@@ -323,5 +323,5 @@ def test_rows_know_their_documents(tok, pages):
     some = rows.spread(40)
     large = {d for d in range(12) if (rows.docs == d).sum() > len(rows) / 39}
     assert len(some) == 40 and len(large) > 5 and large <= {*some.docs} and not large <= {*rows.docs[:40]}
-    assert some[3].ids == rows[int(np.unique(np.linspace(0, len(rows) - 1, 40).round().astype(int))[3])].ids
+    assert some[3].lists().ids == rows[int(np.unique(np.linspace(0, len(rows) - 1, 40).round().astype(int))[3])].lists().ids
     assert len(rows.spread(10**6)) == len(rows)

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 # %% ../../nbs/1_objectives/03_diffusion.ipynb #imports-4
-from ..batch import Batch, Example, Noise, collate, folded, to_float64
+from ..batch import Batch, Example, Noise, collate, folded, starts, to_float64
 from ..model import LM, evaluating, on
 from ..objective import Objective, hide, nll
 from ..text import Rows
@@ -160,10 +160,13 @@ class Stopped(Bounded):
 # %% ../../nbs/1_objectives/03_diffusion.ipynb #exact-k
 def ranked(u: Tensor, may: Tensor, part: Tensor) -> tuple[Tensor, Tensor]:
     "How many tokens that `may` have a smaller u in the same part, and how many there are: (B,T) long, (B,T) long."
-    same = may[:, None] & (part[:, :, None] == part[:, None])                          # (B,T,T)
-    pos = torch.arange(u.shape[1], device=u.device)                                  # (T,)
-    tie = (u[:, None] == u[:, :, None]) & (pos[None] < pos[:, None])               # (B,T,T)
-    return (same & ((u[:, None] < u[:, :, None]) | tie)).sum(-1), same.sum(-1)
+    by_u = u.argsort(dim=1, stable=True)                                               # (B,T)
+    at = by_u.gather(1, part.gather(1, by_u).argsort(dim=1, stable=True))              # (B,T) by part, then u
+    begin, m = starts(part.gather(1, at)), may.gather(1, at).long()                    # (B,T) (B,T)
+    before = m.cumsum(1) - m                                                           # (B,T)
+    n = torch.zeros_like(m).scatter_add(1, begin, m).gather(1, begin)                  # (B,T)
+    back = lambda c: torch.zeros_like(c).scatter(1, at, c)                             # (B,T)
+    return back(before - before.gather(1, begin)), back(n)
 
 
 @dataclass(frozen=True)

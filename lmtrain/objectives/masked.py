@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from typing import cast
 
 # %% ../../nbs/1_objectives/01_masked.ipynb #imports-3
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -213,18 +214,18 @@ def span_corrupt(example: Example, noise: Noise, sentinels: Sequence[int], rate:
     """
     if example.index is None: raise ValueError("span_corrupt needs a numbered example: its noise goes by its index")
     if example.tokens: raise ValueError(f"span_corrupt cannot carry columns ({', '.join(example.tokens)}): drop them")
-    may = torch.tensor([True] * len(example) if example.answer is None else example.answer)  # (T,)
-    n = int(may.sum())
-    u = noise.at(torch.full((n,), example.index), torch.arange(n), 5)                  # (n,)
-    hit = torch.zeros_like(may).masked_scatter(may, span_mask(u, rate, mean, unbiased)).tolist()
-    begins = [h and not before for h, before in zip(hit, [False, *hit], strict=False)]
-    if len(sentinels) <= sum(begins): raise ValueError(f"{sum(begins)} spans need {sum(begins) + 1} sentinels")
-    names, text, answer = iter(sentinels), list[int](), list[int]()
-    for token, hidden, new in zip(example.ids, hit, begins, strict=True):
-        if new: text.append(next(names)); answer.append(text[-1])
-        (answer if hidden else text).append(token)
-    answer.append(next(names))
-    return replace(example, ids=text + answer, answer=[False] * len(text) + [True] * len(answer))
+    ids = np.array(example.ids)                                                        # (n,)
+    may = np.ones(len(ids), bool) if example.answer is None else np.array(example.answer, bool)  # (n,)
+    k = int(may.sum())
+    u = noise.at(torch.full((k,), example.index), torch.arange(k), 5)                  # (k,)
+    hit = np.zeros(len(ids), bool); hit[may] = span_mask(u, rate, mean, unbiased).numpy()  # (n,)
+    begins = hit & ~np.append(False, hit[:-1])                                         # (n,)
+    if len(sentinels) <= (spans := int(begins.sum())): raise ValueError(f"{spans} spans need {spans + 1} sentinels")
+    names = np.array(sentinels[:spans + 1])                                            # (spans+1,)
+    answer = np.append(np.insert(ids[hit], np.flatnonzero(begins[hit]), names[:-1]), names[-1])  # (answers,)
+    ids[begins] = names[:-1]
+    text = ids[~hit | begins].tolist()
+    return replace(example, ids=text + answer.tolist(), answer=[False] * len(text) + [True] * len(answer))
 
 # %% ../../nbs/1_objectives/01_masked.ipynb #electra
 class Electra(LM):

@@ -17,6 +17,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, cast
 
 # %% ../../nbs/1_objectives/02_mixed.ipynb #imports-3
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
@@ -239,16 +240,16 @@ UL2 = (Denoiser(.15, 3), Denoiser(.15, 8), Denoiser(.25), Denoiser(.5, 3), Denoi
 def uniform_of(noise: Noise, example: Example, draw: int) -> float:
     "A uniform number for an example. Raises ValueError if it has no index."
     if example.index is None: raise ValueError("give the example an index: its noise goes by it")
-    return float(noise.at(torch.tensor(example.index), 0, draw))
+    return noise.one(example.index, 0, draw)
 
 # %% ../../nbs/1_objectives/02_mixed.ipynb #ul2
 def hide_end(example: Example, noise: Noise, rate: float) -> Example:
     "Ask for the end of a text only, `rate` of its answerable tokens on average, at least one."
-    may = [t for t in range(len(example)) if example.answer is None or example.answer[t]]
-    if not may: raise ValueError(f"example {example.index} has nothing to mask: leave it out")
+    may = np.flatnonzero(np.ones(len(example)) if example.answer is None else example.answer)  # (k,)
+    if not len(may): raise ValueError(f"example {example.index} has nothing to mask: leave it out")
     n = min(max(1, round(2 * rate * len(may) * uniform_of(noise, example, DRAW + 2))), len(may))
-    asked = {*may[-n:]}
-    return replace(example, answer=[t in asked for t in range(len(example))])
+    answer = np.zeros(len(example), bool); answer[may[-n:]] = True                     # (n,)
+    return replace(example, answer=answer.tolist())
 
 
 def ul2(example: Example, noise: Noise, sentinels: Sequence[int], modes: Sequence[int],
@@ -302,7 +303,7 @@ def fim(example: Example, noise: Noise, marks: Sequence[int], rate: float = .5, 
     if example.tokens: raise ValueError(f"fim cannot carry columns ({', '.join(example.tokens)}): drop them")
     if len({*marks}) != 3: raise ValueError(f"marks={marks} must be three tokens, for prefix, suffix and middle")
     if uniform_of(noise, example, DRAW + 3) >= rate: return example
-    head, body, tail = frame(example, end)
+    head, body, tail = frame(example.lists(), end)
     if tok and {*body} & {*tok.all_special_ids}:
         raise ValueError(f"example {example.index} has special tokens in its text: fim cannot cut it by characters")
     room = len(body) + longer - 3
