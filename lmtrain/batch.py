@@ -195,16 +195,17 @@ def first_fit(lengths: Sequence[int], T: int) -> list[list[int]]:
         rows[row].append(i); insort(free, (room - lengths[i], row))
     return sorted(sorted(r) for r in rows)
 
-# %% ../nbs/0_core/01_batch.ipynb #lay
+# %% ../nbs/0_core/01_batch.ipynb #fact
 KINDS = {"b": np.bool_, "f": np.float32}  # numpy's kinds of numbers, and how a batch keeps them; others are int64
 
 
 def fact(values: list) -> Tensor:
     "One number a row: (B,) bool, float or long."
     kind = torch.as_tensor(values).dtype if values else torch.long
-    return torch.tensor(values, dtype=torch.float if kind.is_floating_point else kind if kind == torch.bool else torch.long)
+    if kind.is_floating_point: kind = torch.float
+    return torch.tensor(values, dtype=kind if kind in (torch.float, torch.bool) else torch.long)
 
-
+# %% ../nbs/0_core/01_batch.ipynb #lay
 def lay(rows: list[list[Example]], T: int, pad: int = 0, item: list[int] | None = None,
         role: list[int] | None = None) -> Batch:
     "Rows of examples as a Batch; `item` and `role` are one number a row."

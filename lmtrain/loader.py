@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['Change', 'BLOCK', 'Thing', 'Unit', 'numbered', 'sized', 'evenly', 'shared', 'Items', 'joined', 'by_length', 'Bins',
-           'ahead', 'Part', 'described', 'digest', 'loader_record', 'Loader']
+__all__ = ['Change', 'BLOCK', 'Thing', 'Unit', 'numbered', 'sized', 'evenly', 'shared', 'Items', 'in_one_row', 'by_length',
+           'Bins', 'ahead', 'Part', 'described', 'digest', 'loader_record', 'Jobs', 'Loader']
 
 # %% ../nbs/0_core/09_loader.ipynb #imports-2
 import copy
@@ -67,8 +67,9 @@ def shared(bins: list[list[Unit]], ranks: int) -> list[list[Unit]]:
 
 # %% ../nbs/0_core/09_loader.ipynb #loader-core
 class Items:
-    "What is loaded, item by item or in shuffled blocks: each item's numbers, its size, and its examples when they are needed."
-    def __init__(self, items: Sequence | Iterable, T: int, pack: bool, seed: int, change: Change | None, by_length: bool):
+    "What is loaded, in shuffled blocks of numbers: sizes for the plan, examples when they are needed."
+    def __init__(self, items: Sequence | Iterable, T: int, pack: bool, seed: int, change: Change | None,
+                 by_length: bool):
         self.items, self.T, self.pack, self.seed, self.change, self.by_length = items, T, pack, seed, change, by_length
         if pack and by_length: raise ValueError("packed rows are full: by_length is for items that are not packed")
 
@@ -96,7 +97,8 @@ class Items:
             if max(tokens := known[block].tolist()) > self.T:
                 check_examples(self.item(block[tokens.index(max(tokens))], noise), self.T, self.pack)
             return [Unit([n], 1) for n in block], tokens
-        if not (given or self.pack or self.by_length) and isinstance(self.items[block[0]], Example):  # type: ignore[index]
+        first: Any = given[0] if given else self.items[block[0]]  # type: ignore[index]
+        if not (given or self.pack or self.by_length) and isinstance(first, Example):
             return [Unit([n], 1) for n in block], [1] * len(block)
         made = [self.item(n, noise, given[k] if given else None) for k, n in enumerate(block)]
         if self.pack and any(len(m) > 1 for m in made):
@@ -104,15 +106,15 @@ class Items:
         check_examples([e for m in made for e in m], self.T, self.pack)
         return [Unit([n], len(m), [m]) for n, m in zip(block, made, strict=True)], [max(map(len, m)) for m in made]
 
-# %% ../nbs/0_core/09_loader.ipynb #bins
-def joined(units: list[Unit]) -> Unit:
+# %% ../nbs/0_core/09_loader.ipynb #by-length
+def in_one_row(units: list[Unit]) -> Unit:
     "Units of one row each as one row."
     made = [m for u in units for m in u.made or ()]
     return Unit([n for u in units for n in u.items], 1, made or None)
 
 
 def by_length(units: list[Unit], tokens: Sequence[int], rows: int, dice: np.random.Generator) -> list[Unit]:
-    "Units sorted by length and dealt out in batches of about `rows` rows, the batches in a drawn order, the last one last."
+    "Units sorted by length and dealt out in batches of `rows` rows, the batches in a drawn order, the last one last."
     batches, full = [list[Unit]()], 0
     for k in sorted(range(len(units)), key=lambda k: (tokens[k], k)):
         if full + units[k].rows > rows and batches[-1]: batches.append([]); full = 0
@@ -120,7 +122,7 @@ def by_length(units: list[Unit], tokens: Sequence[int], rows: int, dice: np.rand
     order = [*dice.permutation(len(batches) - 1), len(batches) - 1]
     return [u for k in order for u in batches[k]]
 
-
+# %% ../nbs/0_core/09_loader.ipynb #bins
 class Bins(Items):
     "Bins of at most `rows` rows from shuffled items, epoch by epoch: the same for any number of ranks."
     def __init__(self, items: Sequence | Iterable, rows: int, T: int, pack: bool = False, seed: int = 0,
@@ -130,7 +132,7 @@ class Bins(Items):
 
     def laid(self, units: list[Unit], tokens: Sequence[int], epoch: int, k: int) -> list[Unit]:
         "The units of block `k` in the order in which they are laid out."
-        if self.pack: return [joined([units[i] for i in row]) for row in first_fit(tokens, self.T)]
+        if self.pack: return [in_one_row([units[i] for i in row]) for row in first_fit(tokens, self.T)]
         dice = np.random.default_rng([self.seed, epoch, k, 1])
         return by_length(units, tokens, self.rows, dice) if self.by_length else units
 
@@ -195,8 +197,38 @@ def loader_record(bins: Bins, objective: Objective, pad: int) -> dict[str, Any]:
     return {"rows": bins.rows, "T": bins.T, "pad": pad, "pack": bins.pack, "seed": bins.seed,
             "objective": described(objective), "change": described(bins.change), "data": digest(bins.items)}
 
+# %% ../nbs/0_core/09_loader.ipynb #jobs
+class Jobs:
+    "Which bin this rank makes at each step, from the position that was reached on."
+    bins: Bins
+    rank: int | None
+    world: int | None
+    epoch: int
+    used: int
+
+    @property
+    def shard(self) -> tuple[int, int]:
+        "(rank, world): as given, or of the process group, or of the launcher's environment."
+        on = torch.distributed.is_available() and torch.distributed.is_initialized()
+        rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        if on: rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        return (rank if self.rank is None else self.rank), (world if self.world is None else self.world)
+
+    def jobs(self) -> Iterator[tuple[tuple[int, int], tuple[int, list[Unit]]]]:
+        "For each step of this rank: the position after it, and the bin to make."
+        epoch, used, (rank, world) = self.epoch, self.used, self.shard
+        while True:
+            bins, some = self.bins(epoch, used), False
+            while group := list(islice(bins, world)):
+                some, share = True, shared([units for units, _ in group], world)
+                yield (epoch, group[-1][1]), (epoch, share[rank])
+            if not some and used == 0: raise ValueError(
+                "the loader has no items: the data set is empty" if epoch == self.epoch == 0 else
+                "the items could be read only once: give a list, or an iterable that can be started again")
+            epoch, used = epoch + 1, 0
+
 # %% ../nbs/0_core/09_loader.ipynb #loader
-class Loader:
+class Loader(Jobs):
     """Batches for ever: shuffled, packed, sharded over ranks, corrupted; `state_dict` is its position.
 
     `items` is a sequence, or an iterable that can be started again, of Examples or lists of Examples that belong
@@ -210,14 +242,6 @@ class Loader:
         self.bins, self.objective = Bins(items, rows, T, pack, seed, change, by_length), objective
         self.rank, self.world, self.workers = rank, world, workers
         self.T, self.seed, self.pad, self.epoch, self.used = T, seed, pad, 0, 0
-
-    @property
-    def shard(self) -> tuple[int, int]:
-        "(rank, world): as given, or of the process group, or of the launcher's environment."
-        on = torch.distributed.is_available() and torch.distributed.is_initialized()
-        rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        if on: rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
-        return (rank if self.rank is None else self.rank), (world if self.world is None else self.world)
 
     def plain(self, job: tuple[int, list[Unit]]) -> Batch:
         "The batch of a bin, before the objective."
@@ -240,19 +264,6 @@ class Loader:
         "The batch that comes `ahead` steps from now as it is before the objective, and the noise it will meet."
         _, job = next(islice(self.jobs(), ahead, None))
         return self.plain(job), Noise(self.seed, job[0])
-
-    def jobs(self) -> Iterator[tuple[tuple[int, int], tuple[int, list[Unit]]]]:
-        "For each step of this rank: the position after it, and the bin to make."
-        epoch, used, (rank, world) = self.epoch, self.used, self.shard
-        while True:
-            bins, some = self.bins(epoch, used), False
-            while group := list(islice(bins, world)):
-                some, share = True, shared([units for units, _ in group], world)
-                yield (epoch, group[-1][1]), (epoch, share[rank])
-            if not some and used == 0: raise ValueError(
-                "the loader has no items: the data set is empty" if epoch == self.epoch == 0 else
-                "the items could be read only once: give a list, or an iterable that can be started again")
-            epoch, used = epoch + 1, 0
 
     def made(self, first: int = 0, step: int = 1) -> Iterator[tuple[tuple[int, int], Batch]]:
         "Every `step`-th batch from `first` on, and the position after it."

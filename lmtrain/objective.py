@@ -95,7 +95,7 @@ class Objective:
 class CLM(Objective):
     "Causal language modelling: predict the next token. Also fine-tuning, on examples with an `answer` mask."
 
-# %% ../nbs/0_core/07_objective.ipynb #prefix
+# %% ../nbs/0_core/07_objective.ipynb #before-answer
 def before_answer(b: Batch) -> Tensor:
     "The tokens before the first answered token of their document: (B,T) bool."
     begin, seen = starts(b.doc), b.answer.long().cumsum(1)                             # (B,T) (B,T)
@@ -108,7 +108,7 @@ def doc_sizes(doc: Tensor) -> Tensor:
     begin = starts(doc)                                                                # (B,T)
     return torch.zeros_like(doc).scatter_add(1, begin, torch.ones_like(doc)).gather(1, begin)
 
-
+# %% ../nbs/0_core/07_objective.ipynb #prefix
 @dataclass
 class PrefixLM(Objective):
     """Causal after a prefix that is read in both directions. Liu et al. (2018), Raffel et al. (2020).
