@@ -279,7 +279,7 @@ class Noise:
         own = index & 0xFFFFFFFF ^ mix(max(index >> 32, 0))
         return (mix(mix(own ^ h) ^ (pos * 0x9E3779B1 & 0xFFFFFFFF)) >> 8) / 2**24
 
-    def at(self, index: Tensor, pos: Tensor | int, draw: int = 0) -> Tensor:
+    def at(self, index: Tensor, pos: Tensor | int, draw: int | Tensor = 0) -> Tensor:
         "The number of a position in an example (up to 2**53 of them): float, shaped like `index`."
         h = mix(mix(mix((self.seed + 0x9E3779B9) & 0xFFFFFFFF) ^ (self.epoch & 0xFFFFFFFF)) ^ draw)
         return (mix(mix(folded(index) ^ h) ^ (pos * 0x9E3779B1 & 0xFFFFFFFF)) >> 8).float() / 2**24

@@ -132,27 +132,23 @@ def reproduce(wanted: Annotated[Optional[list[str]], typer.Argument(help="Names 
 @app.command()
 def generate(model: Annotated[str, typer.Argument(help="A folder with a model, such as tour/model.")],
              prompt: Annotated[str, typer.Option(help="What the text begins with.")] = "",
-             tokens: Annotated[Optional[int], typer.Option(help="How many tokens at most.")] = None,
+             tokens: Annotated[Optional[int], typer.Option(help="How many tokens at most; by default 1,024, or as many as the model reads.")] = None,
              temperature: Annotated[float, typer.Option(help="0: the likeliest; 1: as the model says.")] = 0.7,
              top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens with this probability.")] = 0.8,
              seed: Annotated[int, typer.Option(help="Another seed, another text.")] = 0) -> None:
     "Write a text with a saved model."
     from .generation import generate as write
-    from .model import Transformer
-    from .run import opened
+    from .run import opened, roomy
     from .train import fitting_device
     if not 0 <= seed < 2**32: raise ValueError(f"seed must be from 0 to 2**32 - 1, not {seed}")
     lm, tok = opened(model)
     if not lm.causal: raise ValueError("this model was trained with both sides in view and cannot write left to right")
-    if not isinstance(lm, Transformer):
-        raise ValueError(f"{model} holds a {type(lm.net).__name__}: lmtrain generate writes with models of lmtrain's own "
-                         "architecture so far; transformers' pipeline('text-generation') writes with this one")
     words = tok(prompt, add_special_tokens=False, split_special_tokens=True)["input_ids"]
     ids = [tok.bos_token_id, *words]  # type: ignore[misc]
-    room = lm.size.length - len(ids)
-    if room < 1: raise ValueError(f"the prompt has {len(ids)} tokens, and the model reads {lm.size.length}: shorten it")
+    room = roomy(lm) - len(ids)
+    if room < 1: raise ValueError(f"the prompt has {len(ids)} tokens, and the model reads {roomy(lm)}: shorten it")
     if tokens is not None and tokens < 1: raise ValueError(f"tokens must be more than 0, not {tokens}")
-    t = write(lm.to(fitting_device()), [ids], min(tokens or room, room), temperature, top_p, tok.eos_token_id, seed)
+    t = write(lm.to(fitting_device()), [ids], min(tokens or 1024, room), temperature, top_p, tok.eos_token_id, seed)
     print(tok.decode(t.ids[0][t.when[0] >= 0], skip_special_tokens=True))
 
 

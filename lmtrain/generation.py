@@ -6,21 +6,24 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['Pick', 'Stop', 'check_knobs', 'distribution', 'uniform', 'draw', 'left_to_right', 'confident', 'random_order',
-           'blocks', 'fill', 'start', 'next_token', 'until', 'continuation', 'generate']
+__all__ = ['Pick', 'Stop', 'Written', 'check_knobs', 'distribution', 'uniform', 'draw', 'left_to_right', 'confident',
+           'random_order', 'blocks', 'fill', 'check_prompts', 'start', 'Weights', 'Decoder', 'until', 'uniforms',
+           'Rest', 'continuation', 'Chooser', 'continuation_of_others', 'sorted_by_length', 'traced', 'generate']
 
 # %% ../nbs/0_core/12_generate.ipynb #imports-2
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, cast
 
 # %% ../nbs/0_core/12_generate.ipynb #imports-3
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
+from transformers import GenerationConfig, LogitsProcessor, PreTrainedTokenizerFast
 
 # %% ../nbs/0_core/12_generate.ipynb #imports-4
-from .batch import Batch, Example, Noise, Trace, collate, to_float64
-from .model import LM, Cache, Transformer, evaluating, on
+from .batch import WITHOUT_FLOAT64, Batch, Example, Noise, Trace, collate, to_float64
+from .model import LM, Cache, Layer, Transformer, evaluating, on, rotations
+from .pretrained import Pretrained
 
 # %% ../nbs/0_core/12_generate.ipynb #choose
 def check_knobs(temperature: float, top_p: float = 1.0) -> None:
@@ -40,7 +43,7 @@ def distribution(logits: Tensor, temperature: float = 1.0, top_p: float = 1.0) -
     return torch.zeros_like(p).scatter_(1, order, down / down.sum(1, keepdim=True))    # (B,V)
 
 # %% ../nbs/0_core/12_generate.ipynb #draw
-def uniform(noise: Noise, row: Tensor, pos: Tensor, step: int) -> Tensor:
+def uniform(noise: Noise, row: Tensor, pos: Tensor, step: int | Tensor) -> Tensor:
     "A number in [0, 1) for each (row, pos) of a step, fine enough for rare tokens: 48 bits, float64."
     coarse, fine = (to_float64(noise.at(row, pos, 2 * step + k)) for k in (0, 1))
     return coarse + fine / 2**24
@@ -48,10 +51,14 @@ def uniform(noise: Noise, row: Tensor, pos: Tensor, step: int) -> Tensor:
 
 def draw(logits: Tensor, temperature: float, top_p: float, u: Tensor) -> tuple[Tensor, Tensor]:
     "For `u` (B,) a token each, and its probability: as drawn, or the model's own if the likeliest is taken. (B,) (B,)"
-    q = distribution(logits, temperature, top_p)                                       # (B,V)
-    upto = q.cumsum(1)                                                                 # (B,V)
-    new = (upto <= u[:, None] * upto[:, -1:]).sum(1, keepdim=True)                     # (B,1)
-    return new[:, 0], (q if temperature else distribution(logits)).gather(1, new)[:, 0]
+    if temperature == 0:
+        top, new = logits.float().max(1)                                               # (B,) (B,)
+        return new, to_float64(top - logits.float().logsumexp(1)).exp()
+    if top_p < 1: q = distribution(logits, temperature, top_p)                         # (B,V)
+    else: q = ((logits.float() - logits.float().amax(1, keepdim=True)) / temperature).softmax(1)  # (B,V)
+    upto = to_float64(q).cumsum(1)                                                     # (B,V)
+    new = torch.searchsorted(upto, u[:, None] * upto[:, -1:], right=True).clamp(max=q.shape[1] - 1)  # (B,1)
+    return new[:, 0].to(logits.device), to_float64(q).gather(1, new)[:, 0]
 
 # %% ../nbs/0_core/12_generate.ipynb #picks
 Pick = Callable[[Tensor, Tensor], Tensor]  # (probability, todo), both (B,T) -> positions to write now (B,T) bool
@@ -114,27 +121,109 @@ def fill(model: LM, ids: Tensor, todo: Tensor, mask_id: int, pick: Pick, tempera
     return Trace(ids, when, p)
 
 # %% ../nbs/0_core/12_generate.ipynb #generate
-def start(model: Transformer, prompts: Sequence[Sequence[int]], max_new: int) -> Batch:
-    "The prompts as a batch with positions. Raises ValueError for an empty one, or one too long for the model."
+def check_prompts(model: LM, prompts: Sequence[Sequence[int]], max_new: int) -> None:
+    "Raises ValueError for an empty prompt, one too long for the model, or a model that is not causal."
     if not model.causal: raise ValueError("this model was trained with both sides in view and cannot write from left "
                                           "to right: use fill(...), which writes in any order")
-    if not isinstance(model, Transformer):
-        raise TypeError(f"generate is for the native model: a {type(model).__name__} writes with fill(..., "
-                        "left_to_right, shifted=True), or with its own model.net.generate")
+    if not isinstance(model, Transformer | Pretrained):
+        raise TypeError(f"generate is for Transformer and Pretrained: a {type(model).__name__} writes with fill(..., "
+                        "left_to_right, shifted=True)")
     if any(isinstance(p, str) for p in prompts): raise ValueError("a prompt is a list of tokens: encode the text first")
-    longest = max(map(len, prompts), default=0) + max_new
+    if max_new < 1: raise ValueError(f"max_new={max_new} must be 1 or more")
     if not prompts or not all(map(len, prompts)): raise ValueError("every prompt needs a token: begin with bos")
-    if longest > model.size.length:
-        raise ValueError(f"prompt and continuation have {longest} tokens, the model was made for {model.size.length}")
+    room = model.size.length if isinstance(model, Transformer) else model.room
+    if room is not None and (longest := max(map(len, prompts)) + max_new) > room:
+        raise ValueError(f"prompt and continuation have {longest} tokens, the model was made for {room}")
+
+
+def start(model: Transformer, prompts: Sequence[Sequence[int]]) -> Batch:
+    "The prompts as a batch with positions, where the model is."
     b = collate([Example(list(p)) for p in prompts])
     return b.with_extra(pos=b.doc_pos).to(model.embed_tokens.weight.device)
 
+# %% ../nbs/0_core/12_generate.ipynb #decoder
+class Weights:
+    """A Transformer's weights in few matrices, for one token a row; made for one call of `generate`.
 
-def next_token(b: Batch, new: Tensor, end: Tensor, going: Tensor) -> Batch:
-    "The batch of one more token a row, at pos `end`; rows that have ended get padding."
-    one = collate([Example([i]) for i in new.tolist()]).to(b.ids.device)
-    pos = end[:, None].to(b.ids.device)                                              # (B,1)
-    return one.set(order=pos, doc=going[:, None].long().to(b.ids.device)).with_extra(pos=pos)
+    Products are made in the precision of the weights, or of autocast, as in the model.
+    """
+    def __init__(self, model: Transformer):
+        s, w = model.size, model.embed_tokens.weight
+        device = w.device.type
+        auto = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        self.size, self.embed, self.kind = s, w, torch.get_autocast_dtype(device) if auto else w.dtype
+        self.folds = device == "cpu" and self.kind == torch.float32  # are weights of norms inside other matrices?
+        self.roots = {n: torch.tensor((n * 1e-6) ** 0.5) for n in (s.dim, s.head_dim)}
+        at, ones = torch.arange(s.length, device=device), torch.ones(s.head_dim, device=device)  # (length,) (hd,)
+        cos, sin = (t[0, 0, :, None] for t in rotations(at[None], s.head_dim, s.theta))  # (length,1,hd) each
+        self.turns, self.layers = list[Tensor](), list[tuple[Tensor, ...]]()
+        for layer in cast(Iterable[Layer], model.layers):
+            a, f = layer.self_attn, layer.mlp
+            pre, post = layer.input_layernorm.weight, layer.post_attention_layernorm.weight  # (D,) (D,)
+            norms = torch.cat([a.q_norm.weight.expand(s.heads, -1), a.k_norm.weight.expand(s.kv, -1)])  # (H+K,hd)
+            by = norms * s.head_dim**0.5 if self.folds else ones                       # (H+K,hd) or (hd,)
+            turn = torch.stack([cos * by, sin * by.roll(s.head_dim // 2, -1)], 1)      # (length,2,H+K,hd)
+            self.turns += [t.to(w.dtype) for t in turn.unbind(1)]                      # (length,H+K,hd) each
+            qkv = torch.cat([a.q_proj.weight, a.k_proj.weight, a.v_proj.weight])       # ((H+2K)hd,D)
+            gate_up = torch.cat([f.gate_proj.weight, f.up_proj.weight])                # (2ff,D)
+            self.layers.append((self.matrix(qkv, pre), self.matrix(a.o_proj.weight), self.matrix(gate_up, post),
+                                self.matrix(f.down_proj.weight), pre, norms, post))
+        self.head, self.last = self.matrix(cast(Tensor, model.head.weight), model.norm.weight), model.norm.weight
+
+    def matrix(self, w: Tensor, norm: Tensor | None = None) -> Tensor:
+        "A weight as it is multiplied from the right, with the norm before it inside, if it can be: (in,out)."
+        if norm is not None and self.folds: w = w * norm * len(norm) ** 0.5            # (out,in)
+        return w.to(self.kind).t()
+
+    def norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        "RMSNorm; in three operations on a CPU, where rms_norm takes eight, without its weight and sqrt(n)."
+        if not self.folds: return F.rms_norm(x, x.shape[-1:], eps=1e-6) * weight.to(x.dtype)
+        return x / torch.hypot(torch.linalg.vector_norm(x, dim=-1, keepdim=True), self.roots[x.shape[-1]])
+
+    def plus(self, x: Tensor, y: Tensor, w: Tensor) -> Tensor:
+        "x + y w, the sum in the precision of x: (B,D)."
+        return torch.addmm(x, y, w) if x.dtype == w.dtype else x + y.to(w.dtype) @ w
+
+# %% ../nbs/0_core/12_generate.ipynb #decoder-class
+class Decoder(Weights):
+    "A Transformer that reads on from a cache, one token a row, each behind all that its row has read."
+    def begin(self, cache: Cache, rows: Tensor, more: int) -> None:
+        "Go on from `rows` (B,) of a cache, which may name a row many times, with room for `more` tokens."
+        b, s, seen = cast(Batch, cache.columns), self.size, [x for pair in cache.seen.values() for x in pair]
+        P, real = b.ids.shape[1], b.doc > 0                                            # (b,P)
+        last = (real * torch.arange(1, P + 1, device=real.device)).argmax(1, True)     # (b,1)
+        see = real & (b.doc == b.doc.gather(1, last)) & ~b.extra.get("private", ~real)  # (b,P)
+        self.end, self.pos = P, b.pos.gather(1, last)[rows, 0]                         # (B,)
+        self.kv = seen[0].new_empty(2 * s.layers, len(rows), s.kv, P + more, s.head_dim)  # (2L,B,K,S,hd)
+        for room, x in zip(self.kv, seen, strict=True): room[:, :, :P] = x[rows]
+        low = torch.zeros(see.shape, dtype=self.kv.dtype, device=see.device).masked_fill_(~see, -torch.inf)  # (b,P)
+        self.mask = None if see.all() else F.pad(low[rows], (0, more))[:, None, None]  # (B,1,1,S)
+        self.level = bool((self.pos == self.pos[0]).all())
+
+    def keep(self, rows: Tensor) -> None:
+        "Go on with these rows only."
+        self.kv, self.pos = self.kv[:, rows], self.pos[rows]
+        if self.mask is not None: self.mask = self.mask[rows]
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        "Logits behind one more token of each row (B,): (B,V)."
+        s, B, n = self.size, len(ids), self.end
+        self.pos, self.end = self.pos + 1, n + 1
+        at = self.pos[:1] if self.level else self.pos                                  # (1,) or (B,)
+        now, past = self.kv.select(3, n).unbind(), self.kv.narrow(3, 0, n + 1).unbind()  # 2L (B,K,hd), 2L (B,K,n+1,hd)
+        mask, x = None if self.mask is None else self.mask[..., :n + 1], F.embedding(ids, self.embed)  # (B,D)
+        for i, (qkv, o, gate_up, down, pre, norms, post) in enumerate(self.layers):
+            y = (self.norm(x, pre).to(self.kind) @ qkv).view(B, s.heads + 2 * s.kv, s.head_dim)  # (B,H+2K,hd)
+            qk = self.norm(y[:, :s.heads + s.kv].to(x.dtype), norms)                   # (B,H+K,hd)
+            turned = qk.roll(s.head_dim // 2, -1)                                      # (B,H+K,hd)
+            qk = torch.addcmul(qk * self.turns[2 * i][at], turned, self.turns[2 * i + 1][at])  # (B,H+K,hd)
+            now[2 * i].copy_(qk[:, s.heads:]); now[2 * i + 1].copy_(y[:, s.heads + s.kv:])
+            q = qk[:, :s.heads, None].to(self.kv.dtype)                                # (B,H,1,hd)
+            h = F.scaled_dot_product_attention(q, past[2 * i], past[2 * i + 1], mask, enable_gqa=s.heads != s.kv)
+            x = self.plus(x, h.flatten(1), o)                                          # (B,D)
+            gate, up = (self.norm(x, post).to(self.kind) @ gate_up).chunk(2, 1)        # (B,ff) each
+            x = self.plus(x, F.silu(gate) * up, down)                                  # (B,D)
+        return self.norm(x, self.last).to(self.kind) @ self.head
 
 # %% ../nbs/0_core/12_generate.ipynb #until
 Stop = Callable[[list[int]], bool]  # the tokens that a row has written -> has it come to its end?
@@ -145,47 +234,128 @@ def until(tok: PreTrainedTokenizerFast, *texts: str) -> Stop:
     last = max(len(t.encode()) for t in texts)             # a token stands for a byte at least
     return lambda ids: any(t in str(tok.decode(ids[-last:])) for t in texts)
 
+# %% ../nbs/0_core/12_generate.ipynb #uniforms
+Written = list[tuple[list[int], list[float]]]  # what each row wrote, and how surely
+
+
+def uniforms(prompts: Sequence[Sequence[int]], names: list[int], max_new: int, noise: Noise) -> Tensor:
+    "The numbers of all steps of rows that are called `names` among all prompts: (B,max_new) float64."
+    P, n = torch.tensor([[len(p)] for p in prompts]), torch.arange(max_new)            # (B,1) (max_new,)
+    return uniform(noise, torch.tensor(names)[:, None], P + n, n + 1)                  # (B,max_new)
+
+# %% ../nbs/0_core/12_generate.ipynb #rest
+class Rest:
+    "What rows have written so far, and which of them go on: looked at every `look` steps, for looking waits for a GPU."
+    def __init__(self, rows: int, ends: Stop | None, look: int):
+        self.ends, self.look, self.alive, self.waiting = ends, look, list(range(rows)), list[tuple[Tensor, Tensor]]()
+        self.ours, self.sure = [list[int]() for _ in range(rows)], [list[float]() for _ in range(rows)]
+
+    def add(self, new: Tensor, p: Tensor, last: bool) -> list[int] | None:
+        "Take a step's tokens (B,) and their odds; if it is time, the places of the rows that go on, else None."
+        self.waiting.append((new, p))
+        if not last and (self.ends is None or len(self.waiting) < self.look): return None
+        tokens, odds = (torch.stack(c, 1).tolist() for c in zip(*self.waiting, strict=True))
+        self.waiting, going = [], []
+        for k, r in enumerate(self.alive):
+            for i, q in zip(tokens[k], odds[k], strict=True):
+                self.ours[r].append(i); self.sure[r].append(q)
+                if self.ends is not None and self.ends(self.ours[r]): break
+            else: going.append(k)
+        return going
+
 # %% ../nbs/0_core/12_generate.ipynb #generate-cached
-def continuation(model: Transformer, prompts: Sequence[Sequence[int]], names: Tensor, max_new: int, temperature: float,
-            top_p: float, ends: Stop, noise: Noise) -> Trace:
-    "One batch of `generate`; `names` (B,) are the rows' numbers among all prompts."
-    b = start(model, prompts, max_new)
-    cache, rows = Cache(), torch.arange(len(b))
-    ours = [list[int]() for _ in prompts]
-    end = (b.doc > 0).sum(1).cpu()                                                     # (B,)
-    tail = lambda c, fill: F.pad(c.cpu(), (0, max_new), value=fill)                    # (B,P+max_new)
-    ids, when = tail(b.ids, 0), tail(torch.where(b.doc > 0, 0, -1), -1)                # (B,T) (B,T)
-    p, going, last = tail((b.doc > 0).float(), 0.0), torch.ones(len(b), dtype=torch.bool), end - 1
-    for step in range(1, max_new + 1):
-        h = model(b, cache)[rows, last]                                                # (B,D)
-        new, sure = draw(model.head(h).cpu(), temperature, top_p, uniform(noise, names, end, step))  # (B,) (B,)
-        at = rows[going], end[going]
-        ids[at], when[at], p[at] = new[going], step, sure.float()[going]
-        b, last = next_token(b, new, end, going), torch.zeros_like(last)
-        end = end + going
-        for r in rows[going].tolist(): ours[r].append(int(new[r])); going[r] = not ends(ours[r])
-        if not going.any(): break
+def continuation(model: Transformer, decode: Decoder, prompts: Sequence[Sequence[int]], u: Tensor, temperature: float,
+                 top_p: float, ends: Stop | None) -> Written:
+    "What a Transformer writes behind a batch of prompts; `u` (B,max_new) are its numbers."
+    first = {p: n for n, p in enumerate(dict.fromkeys(map(tuple, prompts)))}           # equal prompts are read once
+    b, cache = start(model, list(first)), Cache()
+    device, max_new = b.ids.device, u.shape[1]
+    if device.type not in WITHOUT_FLOAT64: u = u.to(device)                            # (B,max_new)
+    rows = torch.tensor([first[tuple(p)] for p in prompts], device=device)             # (B,)
+    h = model(b, cache)[torch.arange(len(b)), (b.doc > 0).sum(1) - 1]                  # (b,D)
+    decode.begin(cache, rows, max_new)
+    logits, rest = model.head(h)[rows], Rest(len(prompts), ends, 1 if device.type == "cpu" else 16)  # (B,V)
+    for step in range(max_new):
+        new, p = draw(logits, temperature, top_p, u[:, step])                          # (B,) (B,)
+        going = rest.add(new, p, step == max_new - 1)
+        if going is not None:
+            rest.alive = [rest.alive[k] for k in going]
+            if not going: break
+            if len(going) < len(new):
+                some = torch.tensor(going, device=device)                              # (B,)
+                decode.keep(some); u, new = u[some.to(u.device)], new[some]            # (B,max_new) (B,)
+        if step < max_new - 1: logits = decode(new)                                    # (B,V)
+    return list(zip(rest.ours, rest.sure, strict=True))
+
+# %% ../nbs/0_core/12_generate.ipynb #others
+class Chooser(LogitsProcessor):
+    "Draws each row's next token with numbers `u` (B,max_new), and leaves transformers no other."
+    def __init__(self, u: Tensor, temperature: float, top_p: float, ends: Stop | None):
+        self.u, self.temperature, self.top_p, self.ends, self.step = u, temperature, top_p, ends, 0
+        self.ours, self.sure = [list[int]() for _ in u], [list[float]() for _ in u]
+        self.over = torch.zeros(len(u), dtype=torch.bool)                              # (B,)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # (B,V)
+        new, p = draw(scores.cpu(), self.temperature, self.top_p, self.u[:, self.step])  # (B,) (B,)
+        for r in (~self.over).nonzero()[:, 0].tolist():
+            self.ours[r].append(int(new[r])); self.sure[r].append(float(p[r]))
+            self.over[r] = self.ends is not None and self.ends(self.ours[r])
+        self.step += 1
+        return torch.full_like(scores, -torch.inf).scatter_(1, new[:, None].to(scores.device), 0.0)  # (B,V)
+
+    def ended(self, input_ids: Tensor, scores: Tensor) -> Tensor: return self.over.to(input_ids.device)  # (B,) bool
+
+
+def continuation_of_others(model: Pretrained, prompts: Sequence[Sequence[int]], u: Tensor, temperature: float,
+                           top_p: float, ends: Stop | None) -> Written:
+    "What a model of transformers writes behind prompts of one length; `u` (B,max_new) are its numbers."
+    net, choose, own = model.net, Chooser(u, temperature, top_p, ends), model.net.generation_config
+    ids = torch.tensor(prompts, device=net.device)                                     # (B,P)
+    net.generation_config = GenerationConfig(max_new_tokens=u.shape[1], pad_token_id=0, do_sample=False)
+    how: dict[str, Any] = {"logits_processor": [choose], "stopping_criteria": [choose.ended]}
+    try: net.generate(ids, attention_mask=torch.ones_like(ids), **how)  # type: ignore[operator]
+    finally: net.generation_config = own
+    return list(zip(choose.ours, choose.sure, strict=True))
+
+# %% ../nbs/0_core/12_generate.ipynb #traced
+def sorted_by_length(prompts: Sequence[Sequence[int]], rows: int, alike: bool) -> list[list[int]]:
+    "Numbers of prompts, sorted by length, at most `rows` together; `alike`: of one length."
+    out: list[list[int]] = [[]]
+    for i in sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i)):
+        if len(out[-1]) == rows or alike and out[-1] and len(prompts[out[-1][0]]) != len(prompts[i]): out.append([])
+        out[-1].append(i)
+    return out
+
+
+def traced(prompts: Sequence[Sequence[int]], max_new: int, new: dict[int, tuple[list[int], list[float]]]) -> Trace:
+    "Prompts and what was written behind them, as a record."
+    B, T = len(prompts), max(map(len, prompts)) + max_new
+    ids, when, p = torch.zeros(B, T, dtype=torch.long), torch.full((B, T), -1), torch.zeros(B, T)  # (B,T) each
+    for k, prompt in enumerate(prompts):
+        (text, sure), P = new[k], len(prompt)
+        n = P + len(text)
+        ids[k, :n], p[k, :n] = torch.tensor([*prompt, *text]), torch.tensor([1.0] * P + sure)
+        when[k, :n] = torch.arange(1 - P, len(text) + 1).clamp(min=0)
     return Trace(ids, when, p)
 
 # %% ../nbs/0_core/12_generate.ipynb #generate-all
-def generate(model: Transformer, prompts: Sequence[Sequence[int]], max_new: int, temperature: float = 1.0,
-             top_p: float = 1.0, eos: int | None = None, seed: int = 0, stop: Stop | None = None, rows: int = 64
-             ) -> Trace:
+def generate(model: LM, prompts: Sequence[Sequence[int]], max_new: int, temperature: float = 1.0, top_p: float = 1.0,
+             eos: int | None = None, seed: int = 0, stop: Stop | None = None, rows: int = 64) -> Trace:
     """Continue each prompt by up to `max_new` tokens, or until `eos` or `stop`, at most `rows` of them at a time.
 
-    What lies behind a row's end has `when` -1. Raises ValueError for a model that is not causal, an empty prompt, or
-    one that leaves no room.
+    For a Transformer or a Pretrained. What lies behind a row's end has `when` -1. Raises ValueError for a model that is
+    not causal, an empty prompt, or one that leaves no room, TypeError for another model.
     """
     check_knobs(temperature, top_p)
-    ends = lambda ids: ids[-1] == eos or stop is not None and stop(ids)
-    start(model, [max(prompts, key=len)] if prompts else [], max_new)
-    by_length = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
-    B, T = len(prompts), max(map(len, prompts)) + max_new
-    ids, when, p = torch.zeros(B, T, dtype=torch.long), torch.full((B, T), -1), torch.zeros(B, T)  # (B,T) each
-    for i in range(0, B, rows):
-        some = torch.tensor(by_length[i:i + rows])                                     # (B,)
-        now = [prompts[k] for k in some]
-        with evaluating(model): t = continuation(model, now, some, max_new, temperature, top_p, ends, Noise(seed))
-        width = t.ids.shape[1]
-        ids[some, :width], when[some, :width], p[some, :width] = t.ids, t.when, t.p
-    return Trace(ids, when, p)
+    check_prompts(model, prompts, max_new)
+    ends = None if eos is None and stop is None else lambda ids: ids[-1] == eos or stop is not None and stop(ids)
+    new, knobs = dict[int, tuple[list[int], list[float]]](), (temperature, top_p, ends)
+    with evaluating(model), torch.inference_mode():
+        decode = Decoder(model) if isinstance(model, Transformer) else None
+        for some in sorted_by_length(prompts, rows, decode is None):
+            now = [prompts[k] for k in some]
+            u = uniforms(now, some, max_new, Noise(seed))                              # (B,max_new)
+            if decode is None: written = continuation_of_others(cast(Pretrained, model), now, u, *knobs)
+            else: written = continuation(cast(Transformer, model), decode, now, u, *knobs)
+            new |= zip(some, written, strict=True)
+    return traced(prompts, max_new, new)

@@ -170,6 +170,7 @@ class LM(nn.Module):
     head: nn.Module
     dim: int             # D, the width of its hidden states
     causal: bool = True  # may it write from left to right?
+    vocab: int = 0       # V, the tokens that its head scores; 0: not known
 
     def forward(self, b: Batch, cache: Cache | None = None) -> Tensor:  # (B,T,D)
         raise TypeError(f"{type(self).__name__} has no forward: an LM maps a Batch to hidden states (B,T,D)")
@@ -187,6 +188,9 @@ class Transformer(LM):
         for p in self.parameters():
             if p.ndim > 1: nn.init.normal_(p, std=0.02)
         self.head.weight = self.embed_tokens.weight
+
+    @property
+    def vocab(self) -> int: return self.size.vocab  # type: ignore[override]
 
     def forward(self, b: Batch, cache: Cache | None = None) -> Tensor:  # (B,T,D)
         rope = rotations(b.pos, self.size.head_dim, self.size.theta)                   # two (B,1,T,hd)

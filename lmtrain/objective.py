@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['shift', 'hide', 'nll', 'logp', 'Objective', 'CLM', 'before_answer', 'doc_sizes', 'PrefixLM', 'annotated', 'packed',
-           'unpacked', 'read_row', 'for_trainer']
+__all__ = ['CHUNK', 'shift', 'hide', 'nll', 'logp', 'Objective', 'CLM', 'before_answer', 'doc_sizes', 'PrefixLM', 'annotated',
+           'packed', 'unpacked', 'read_row', 'for_trainer']
 
 # %% ../nbs/0_core/07_objective.ipynb #imports-2
 from collections.abc import Callable, Iterable, Iterator
@@ -18,6 +18,7 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 # %% ../nbs/0_core/07_objective.ipynb #imports-4
@@ -39,15 +40,26 @@ def hide(b: Batch, hit: Tensor, mask_id: int) -> Batch:
     return b.set(ids=torch.where(hit, mask_id, b.ids), targets=b.clean, weights=hit.float())
 
 # %% ../nbs/0_core/07_objective.ipynb #nll
+CHUNK = 2**24  # logits that are held at once, 64 MB of them
+
+
 def nll(model: LM, b: Batch, forbid: tuple[int, ...] = (), temperature: float = 1.0) -> Tensor:
-    "Negative log-likelihood in nats of the target at each of `b.loss_positions`; 0 at its filling. (N,) float."
+    """Negative log-likelihood in nats of the target at each of `b.loss_positions`; 0 at its filling. (N,) float.
+
+    Logits are made in chunks and, if there are several, made again for the gradient instead of being kept.
+    """
     b = on(model, b)
     h = model(b).flatten(0, 1)[b.loss_positions]                                       # (N,D)
-    logits = model.head(h).float()                                                     # (N,V)
-    if temperature != 1.0: logits = logits / temperature                               # (N,V)
-    if forbid: logits = logits.index_fill(1, torch.tensor(forbid, device=h.device), -torch.inf)
     targets = b.targets.flatten()[b.loss_positions].masked_fill(b.loss_positions < 0, -100)  # (N,)
-    return F.cross_entropy(logits, targets, reduction="none", ignore_index=-100)       # (N,)
+    def costs(h: Tensor, targets: Tensor) -> Tensor:
+        logits = model.head(h).float()                                                 # (n,V)
+        if temperature != 1.0: logits = logits / temperature                           # (n,V)
+        if forbid: logits = logits.index_fill(1, torch.tensor(forbid, device=h.device), -torch.inf)
+        return F.cross_entropy(logits, targets, reduction="none", ignore_index=-100)   # (n,)
+    n = max(128, CHUNK // max(1, model.vocab))
+    if len(h) <= n: return costs(h, targets)
+    parts = zip(h.split(n), targets.split(n), strict=True)
+    return torch.cat([checkpoint(costs, *p, use_reentrant=False, preserve_rng_state=False) for p in parts])
 
 # %% ../nbs/0_core/07_objective.ipynb #logp
 def logp(model: LM, b: Batch, temperature: float = 1.0) -> Tensor:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 # %% auto #0
 __all__ = ['Inputs', 'position_table', 'embeddings', 'room', 'Given', 'Body', 'Head', 'Pretrained', 'close', 'in_float32',
-           'disobeys', 'some_rows', 'strays', 'disobedience', 'left_only', 'obeys_mask']
+           'disobeys', 'some_rows', 'strays', 'disobedience', 'masks_itself', 'left_only', 'obeys_mask']
 
 # %% ../nbs/0_core/06_pretrained.ipynb #imports-2
 import copy
@@ -35,6 +35,7 @@ class Inputs:
     first: int = 0                # the number of a document's first position
     window: int | None = None     # how near is near: |i - j| < window
     kinds: tuple[str, ...] = ()   # of its layers: full_attention, sliding_attention
+    left: bool = False            # does it make the mask of a plainly causal batch itself?
 
     @classmethod
     def of(cls, net: PreTrainedModel) -> Inputs:
@@ -48,7 +49,8 @@ class Inputs:
         return cls(net.dtype, 0 if padding is None else padding + 1, window and window + both_ways, kinds)
 
     def mask(self, b: Batch) -> Any:
-        "What is added to the scores: (B,1,T,T), or one for each kind of layer, where some attend only nearby."
+        "What is added to the scores: (B,1,T,T), or one for each kind of layer; or which tokens are real: (B,T)."
+        if self.left and b.is_causal and "pos" not in b.extra: return (b.doc > 0).long()  # (B,T)
         zero, lowest = torch.zeros((), dtype=self.dtype, device=b.ids.device), torch.finfo(self.dtype).min
         whole = zero.where(b.sees, lowest)[:, None]                                    # (B,1,T,T)
         if "sliding_attention" not in self.kinds or self.window is None: return whole
@@ -129,7 +131,8 @@ class Pretrained(LM):
         if fault := disobeys(self):
             raise ValueError(f"{type(self.net).__name__} cannot run under a batch's mask: {fault}")
         written = "MaskedLM" not in type(self.net).__name__ and getattr(config, "is_causal", True)
-        self.causal = written and left_only(self)
+        left = left_only(self)
+        self.causal, self.inputs = written and left, replace(self.inputs, left=left and masks_itself(self))
 
     @property
     def head(self) -> nn.Module:  # type: ignore[override]
@@ -211,6 +214,16 @@ def disobedience(model: Pretrained, T: int) -> str:
     return "" if found.isfinite().all() and found.any() else "no finite gradient reaches its embeddings"
 
 # %% ../nbs/0_core/06_pretrained.ipynb #left-only
+def masks_itself(model: Pretrained) -> bool:
+    "Given which tokens are real (B,T), does a model compute what it computes under the whole mask of a causal batch?"
+    b = some_rows(model, min(model.room or 12, 12), 5)
+    try:
+        with evaluating(model):
+            own = model.net.base_model(**replace(model.inputs, left=True)(b), use_cache=False)[0]  # (B,T,D)
+            return close(own[b.doc > 0], model(b)[b.doc > 0])
+    except Exception: return False                         # it wants another form
+
+
 def left_only(model: Pretrained) -> bool:
     "Does the untouched model read from left to right? BERT with a head for the next token does not, unless it is told."
     one = some_rows(model, min(model.room or 8, 8)).ids                                # (1,n)

@@ -184,3 +184,24 @@ def test_other_columns_stay_outside():
     assert for_trainer(CLM(), TOK, net_of())["data_collator"]([row, row])["input_ids"].shape == (2, 3)
     from lmtrain.objective import read_row
     assert {*read_row(row, 0).tokens} == {"word"}
+
+
+def test_a_causal_batch_brings_no_square(tok):
+    """For a causal model and objective the mask is (B,T), and the logits of real tokens are those under the whole mask; packed, prefix and two-way batches bring theirs."""
+    import transformers
+    from lmtrain.batch import Example, Noise, collate
+    from lmtrain.objective import CLM, PrefixLM
+    from lmtrain.pretrained import Pretrained
+    from dataclasses import replace
+    for net in (transformers.Qwen3ForCausalLM(transformers.Qwen3Config(vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, head_dim=16)),
+                transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=2, n_positions=64))):
+        model = Pretrained(net.eval())
+        b = CLM().corrupt(collate([Example(list(range(1, 1 + n))) for n in (20, 9)]), Noise())
+        assert model.inputs.left and model.inputs(b)["attention_mask"].shape == (2, 20)
+        whole = replace(model.inputs, left=False)
+        with torch.no_grad(): ours, theirs = (net(**i(b)).logits for i in (model.inputs, whole))
+        assert torch.allclose(ours[b.doc > 0], theirs[b.doc > 0], atol=1e-4)
+        packed = collate([Example([1, 2, 3]), Example([4, 5])], T=8, pack=True)
+        for other in (packed, PrefixLM(.5).corrupt(b, Noise()), b.set(order=torch.zeros_like(b.order))): assert model.inputs(other)["attention_mask"].ndim == 4
+    bert = Pretrained(transformers.BertForMaskedLM(transformers.BertConfig(vocab_size=300, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48)).eval())
+    assert not bert.inputs.left

@@ -281,3 +281,32 @@ def test_a_frozen_part_stays_frozen():
     before = [m.training for m in model.modules()]
     with evaluating(model): assert not any(m.training for m in model.modules())
     assert [m.training for m in model.modules()] == before and before.count(False) == 3
+
+
+@pytest.mark.parametrize("temperature, forbid", [(1., ()), (.7, (3, 5))])
+def test_chunks_of_logits_change_nothing(monkeypatch, temperature, forbid):
+    """Loss and gradient in chunks of 128 positions are those in one piece, to 1e-6 of it; what is held at once does not grow with the positions.
+    Control: in one piece it does."""
+    import lmtrain.objective as module
+    from torch.utils._python_dispatch import TorchDispatchMode
+    class Largest(TorchDispatchMode):
+        most = 0
+        def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+            out = f(*args, **(kwargs or {}))
+            self.most = max([self.most, *(t.numel() for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, torch.Tensor))])
+            return out
+    torch.manual_seed(0)
+    V = 5000
+    model = Transformer(Size(V, 16, 2, layers=1, length=256))
+    for p in model.parameters(): p.data *= 4
+    def run(rows: int) -> tuple[torch.Tensor, list[torch.Tensor], int]:
+        b = shift(collate([Example(torch.randint(V, (256,), generator=torch.Generator().manual_seed(i)).tolist()) for i in range(rows)]))
+        model.zero_grad()
+        with Largest() as mode:
+            loss = nll(model, b, forbid, temperature); (loss * torch.linspace(.5, 1.5, len(loss))).sum().backward()
+        return loss.detach(), [p.grad.clone() for p in model.parameters()], mode.most
+    whole = run(4)
+    monkeypatch.setattr(module, "CHUNK", 128 * V)
+    parts, more = run(4), run(8)
+    assert torch.allclose(whole[0], parts[0], atol=1e-5) and all((a - b).norm() <= 1e-6 * a.norm() for a, b in zip(whole[1], parts[1], strict=True))
+    assert parts[2] == more[2] == 128 * V < whole[2] / 7
