@@ -28,8 +28,8 @@ import pandas as pd
 from datasets import Dataset, DatasetDict, IterableDatasetDict, concatenate_datasets, disable_progress_bars
 
 # %% ../nbs/0_core/04_corpora.ipynb #imports-4
-from .files import dig, from_hub, kind_of, own, rename, tidied
-from .settings import cache_dir, data_file
+from .files import dig, from_hub, kind_of, own, tidied
+from .settings import cache_dir, data_file, rename
 
 # %% ../nbs/0_core/04_corpora.ipynb #xz
 def xz_bits(train: Iterable[str], validation: Iterable[str]) -> float:

@@ -6,12 +6,12 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['PAUSES', 'KINDS', 'ASIDE', 'SPLITS', 'check_readable', 'follow_umask', 'rename', 'kind_of', 'in_folder', 'raw',
-           'letters', 'check_letters', 'checked', 'passages', 'texts', 'objects', 'cells', 'rows_of', 'what_is', 'dig',
-           'document', 'documents', 'made', 'split_of', 'own', 'check_hub', 'from_hub', 'tidied']
+__all__ = ['KINDS', 'ASIDE', 'SPLITS', 'check_readable', 'follow_umask', 'kind_of', 'in_folder', 'raw', 'letters',
+           'check_letters', 'checked', 'passages', 'texts', 'objects', 'cells', 'rows_of', 'what_is', 'dig', 'document',
+           'documents', 'made', 'split_of', 'own', 'check_hub', 'from_hub', 'tidied']
 
 # %% ../nbs/0_core/03_files.ipynb #imports-2
-import codecs, csv, errno, gzip, io, json, os, re, time, warnings, zlib
+import codecs, csv, errno, gzip, io, json, os, re, warnings, zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, cast
@@ -37,17 +37,6 @@ def follow_umask(folder: Path) -> None:
     probe.touch(); mode = probe.stat().st_mode & 0o777; probe.unlink()
     for path in folder.rglob("*"):
         if path.is_file(): path.chmod(mode)
-
-
-PAUSES = (0.05, 0.1, 0.2, 0.4, 0.8) if os.name == "nt" else ()  # seconds between tries
-
-
-def rename(source: Path, target: Path) -> None:
-    "Rename a file over another, or a folder to a new name. Raises OSError if it cannot be done."
-    for pause in PAUSES:
-        try: os.replace(source, target); return
-        except PermissionError: time.sleep(pause)
-    os.replace(source, target)
 
 # %% ../nbs/0_core/03_files.ipynb #kinds
 KINDS = {".txt": "text", ".md": "text", ".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv",

@@ -15,7 +15,7 @@ import json
 import math
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import MISSING, Field, asdict, dataclass, fields, is_dataclass
 from importlib import import_module
@@ -30,7 +30,7 @@ from transformers import PreTrainedTokenizerFast, logging
 
 # %% ../nbs/8_tour/02_run.ipynb #imports-4
 from .text import Rows, examples, load_tokenizer, regular_ids, train_bpe
-from .files import check_hub, check_readable, rename
+from .files import check_hub, check_readable
 from .corpora import corpus
 from .model import LM, Size, Transformer, check_weights_finite, load, save
 from .pretrained import Pretrained
@@ -40,7 +40,7 @@ from .loader import Loader
 from .train import History, Progress, Trainer, fitting_accelerator, idle_gpus, native_bf16, say
 from .checkpoint import Save, locked, resume, write
 from .evaluate import Evaluate, held_loss
-from .settings import scale
+from .settings import rename, scale
 
 # %% ../nbs/8_tour/02_run.ipynb #named
 def class_of(node: ast.expr) -> type:
@@ -157,7 +157,7 @@ class Job:
         write(out / "job.json", json.dumps(asdict(self), indent=2) + "\n")
 
 # %% ../nbs/8_tour/02_run.ipynb #tokenizer-of
-def model_of(job: Job, out: Path, texts: list[str], accelerator: Accelerator) -> tuple[LM, PreTrainedTokenizerFast]:
+def model_of(job: Job, out: Path, texts: Iterable[str], accelerator: Accelerator) -> tuple[LM, PreTrainedTokenizerFast]:
     "The model and the tokenizer; a new tokenizer is made by the first rank, once, and kept in `out`."
     torch.manual_seed(job.seed)
     if job.model and not job.model.startswith("Size("): return opened(job.model, job.length)
@@ -206,10 +206,10 @@ def go_on(trainer: Trainer, out: Path, look: Callable[[LM], dict[str, float]], s
 def prepared(job: Job, out: Path, accelerator: Accelerator) -> tuple[Trainer, Rows, PreTrainedTokenizerFast]:
     "The trainer of a job, the rows of text that is held out, and the tokenizer."
     with accelerator.main_process_first(): splits = corpus(job.data, job.column, lines=job.lines)
-    texts, held_texts = splits["train"]["text"][:], splits["validation"]["text"][:]
+    texts, held_texts = splits["train"]["text"], splits["validation"]["text"]  # columns: read as they are needed
     model, tok = model_of(job, out, texts, accelerator)
     objective = read(job.objective, tok)
-    rows, held = (examples(t, tok, job.length) for t in (texts, held_texts))
+    with accelerator.main_process_first(): rows, held = (examples(t, tok, job.length) for t in (texts, held_texts))
     loader = Loader(rows, objective, job.rows, job.length, pack=True, seed=job.seed, pad=tok.pad_token_id or 0)
     trainer = Trainer(model, objective, loader, job.lr, job.steps, job.window, accelerator=accelerator,
                       optimizer=fitting_optimizer(model, job.rows * job.window * job.length), bf16=native_bf16())

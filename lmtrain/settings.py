@@ -1,8 +1,9 @@
-"The scale of the lessons, read from settings.ini, and the data files that come with the package."
+"The scale of the lessons, read from settings.ini, the data files that come with the package, and where things are kept."
 from __future__ import annotations
 
 import os
 import tempfile
+import time
 from configparser import ConfigParser
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -43,6 +44,17 @@ def cache_dir() -> Path:
     try: path = Path.home() / ".cache" / "lmtrain"
     except RuntimeError: return private_dir()
     return path if usable(path) else private_dir()
+
+
+PAUSES = (0.05, 0.1, 0.2, 0.4, 0.8) if os.name == "nt" else ()  # seconds between tries: a virus scanner may be looking
+
+
+def rename(source: Path, target: Path) -> None:
+    "Rename a file over another, or a folder to a new name. Raises OSError if it cannot be done."
+    for pause in PAUSES:
+        try: os.replace(source, target); return
+        except PermissionError: time.sleep(pause)
+    os.replace(source, target)
 
 
 @dataclass(frozen=True)

@@ -6,25 +6,29 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['SPECIALS', 'ROLES', 'TEMPLATE', 'Ids', 'pieces', 'train_bpe', 'train_chars', 'load_tokenizer', 'regular_ids', 'among',
-           'nth', 'cut', 'Rows', 'encode', 'losses', 'examples', 'content', 'chat']
+__all__ = ['SPECIALS', 'ROLES', 'TEMPLATE', 'Ids', 'SMALL', 'pieces', 'train_bpe', 'train_chars', 'load_tokenizer', 'regular_ids',
+           'among', 'nth', 'cut', 'cuts', 'place', 'mapped', 'reopened', 'Rows', 'encode', 'losses', 'token_kind',
+           'naming', 'hashed', 'write_tokens', 'tokenised', 'write_rows', 'rows_in', 'examples', 'content', 'chat']
 
 # %% ../nbs/0_core/02_text.ipynb #imports-2
-import re
-import tempfile
+import hashlib, json, mmap, os, re, tempfile
+from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain, islice
+from pathlib import Path
 from typing import Any, cast
 
 # %% ../nbs/0_core/02_text.ipynb #imports-3
 import numpy as np
 import torch
+from filelock import FileLock
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 # %% ../nbs/0_core/02_text.ipynb #imports-4
 from .batch import Example
+from .settings import cache_dir, rename
 
 # %% ../nbs/0_core/02_text.ipynb #specials
 SPECIALS = {"pad_token": "<|pad|>", "bos_token": "<|bos|>", "eos_token": "<|eos|>", "mask_token": "<|mask|>"}
@@ -128,7 +132,36 @@ def cut(n: int, T: int, overlap: int = 1) -> list[tuple[int, int, int]]:
         rows.append((start, min(n, start + T), overlap))
     return rows
 
+
+def cuts(ends: np.ndarray, T: int, overlap: int = 1) -> tuple[np.ndarray, np.ndarray]:
+    "`cut` for documents one behind the other that end at `ends`: (rows,3) long, and each row's document (rows,)."
+    n = np.diff(ends, prepend=0)                                                       # (documents,) tokens
+    k = 1 + np.maximum(0, -(-(n - T) // (T - overlap)))                                # (documents,) rows
+    docs = np.repeat(np.arange(len(ends)), k)                                          # (rows,)
+    own = np.arange(len(docs)) - (np.cumsum(k) - k)[docs]                              # (rows,) which of its document
+    start = (ends - n)[docs] + own * (T - overlap)                                     # (rows,)
+    return np.stack([start, np.minimum(start + T, ends[docs]), np.where(own, overlap, 1)], 1), docs
+
 # %% ../nbs/0_core/02_text.ipynb #rows
+def place(a: np.ndarray) -> Any:
+    "Where an array lies that is a whole file: (path, dtype, shape); else the array."
+    if not isinstance(a, np.memmap) or a.filename is None: return np.asarray(a)
+    if os.path.getsize(a.filename) != a.nbytes: return np.asarray(a)  # a piece of a file
+    return str(a.filename), a.dtype.str, a.shape
+
+
+def mapped(at: Any) -> np.ndarray:
+    "The array at a place, read from its file as it is needed: a row's pages, and not what lies around them."
+    if not isinstance(at, tuple): return at
+    a = np.memmap(at[0], at[1], "r", shape=at[2])
+    if hasattr(mmap, "MADV_RANDOM"): a._mmap.madvise(mmap.MADV_RANDOM)  # type: ignore[attr-defined]
+    return a
+
+
+def reopened(tokens: Any, cuts: Any, sizes: Any, docs: Any, lossy: str) -> Rows:
+    return Rows(mapped(tokens), mapped(cuts), mapped(sizes), mapped(docs), lossy)
+
+# %% ../nbs/0_core/02_text.ipynb #rows-class
 class Rows(Sequence):
     "Examples cut from one long memory-mapped run of tokens; each is made when it is read."
     def __init__(self, tokens: np.ndarray, cuts: np.ndarray, sizes: np.ndarray, docs: np.ndarray, lossy: str = ""):
@@ -136,17 +169,20 @@ class Rows(Sequence):
         self.sizes, self.docs = sizes, docs               # (rows,) bytes of text in each row, its document's number
         self.lossy = lossy                                # what the tokenizer loses of the text; empty: nothing
         self.lengths = (cuts[:, 1] - cuts[:, 0]).astype(np.int32)  # (rows,) tokens of each row
-        self._ids = np.asarray(tokens)                    # a slice of a memory map takes eight times as long
+        self._ids, self._cuts = np.asarray(tokens), np.asarray(cuts)  # slices of a memory map take eight times as long
         self._skip = int(cuts[:, 2].max(initial=0))
         self._answers = np.arange(self._skip + int(self.lengths.max(initial=0))) >= self._skip  # of each row a piece
         self._answers.flags.writeable = False
+
+    def __reduce__(self):  # files go by name: a worker's copy of ten gigabytes is a few hundred bytes
+        return reopened, (*map(place, (self.tokens, self.cuts, self.sizes, self.docs)), self.lossy)
 
     def __len__(self) -> int: return len(self.cuts)
 
     def __getitem__(self, i):  # Example, or a list of them for a slice
         if isinstance(i, slice): return [self[j] for j in range(*i.indices(len(self)))]
         if not -len(self) <= i < len(self): raise IndexError(f"row {i} of {len(self)}")
-        start, stop, skip = self.cuts[i].tolist()
+        start, stop, skip = self._cuts[i].tolist()
         answer = self._answers[self._skip - skip:self._skip - skip + stop - start]         # (n,)
         return Example(self._ids[start:stop].astype(np.int32), answer, index=int(i) % len(self))
 
@@ -191,29 +227,105 @@ def losses(texts: Sequence[str], tok: PreTrainedTokenizerFast, unknown: int) -> 
     return ""
 
 # %% ../nbs/0_core/02_text.ipynb #examples-rows
-def examples(texts: Iterable[str], tok: PreTrainedTokenizerFast, T: int, overlap: int = 1) -> Rows:
-    """Documents as rows of at most `T` tokens, each token in the loss once, over a memory-mapped temporary file.
+SMALL = 2**20  # bytes of text that stay in memory; the tokens of more are kept in the cache
 
-    Raises ValueError if `T` leaves no room to go forward, or if there is no text.
+
+def token_kind(tok: PreTrainedTokenizerFast) -> str: return "<u2" if len(tok) <= 2**16 else "<u4"
+
+
+def naming(tok: PreTrainedTokenizerFast) -> Any:
+    "A hash that has read the tokenizer, and reads texts next."
+    whole = tok.backend_tokenizer.to_str()
+    about = f"2 {token_kind(tok)} {tok.bos_token_id} {tok.eos_token_id} {tok.unk_token} {whole}"
+    return hashlib.blake2b(about.encode(), digest_size=16)
+
+
+def hashed(name: Any, text: str) -> int:
+    "Let a hash read a text, with its length; its bytes."
+    raw = text.encode()
+    name.update(len(raw).to_bytes(8, "little")); name.update(raw)
+    return len(raw)
+
+# %% ../nbs/0_core/02_text.ipynb #write-tokens
+def write_tokens(texts: Iterable[str], tok: PreTrainedTokenizerFast, to: Path) -> str:
+    """Tokens, ends and bytes of texts, each a file in the folder `to`; returns the name that they have.
+
+    Raises ValueError if there is no text.
+    """
+    name, ends, sizes, first, unknown, at = naming(tok), array("q"), array("q"), list[str](), 0, 0
+    with (to / "tokens").open("wb") as f:
+        for text, ids in encode(texts, tok):
+            f.write(np.asarray(ids, token_kind(tok)).tobytes())
+            at += len(ids)
+            ends.append(at); sizes.append(hashed(name, text))
+            unknown += ids.count(tok.unk_token_id) if tok.unk_token_id is not None else 0
+            if len(first) < 32: first.append(text)
+    if not ends: raise ValueError("no text: the corpus is empty")
+    np.asarray(ends).tofile(to / "ends"); np.asarray(sizes).tofile(to / "sizes")
+    info = {"kind": token_kind(tok), "lossy": losses(first, tok, unknown)}
+    (to / "info.json").write_text(json.dumps(info), encoding="utf-8")
+    return name.hexdigest()
+
+# %% ../nbs/0_core/02_text.ipynb #tokenised
+def tokenised(texts: Iterable[str], tok: PreTrainedTokenizerFast, name: str | None = None) -> Path:
+    "The folder in the cache with the tokens of `texts`, written if it is not there; `name` is theirs, if it is known."
+    root = cache_dir() / "tokens"
+    root.mkdir(parents=True, exist_ok=True)
+    if name and (root / name).exists(): return root / name
+    with FileLock(root / f"{name or 'stream'}.lock"):
+        if name and (root / name).exists(): return root / name
+        with tempfile.TemporaryDirectory(dir=root, prefix=".making-") as making:
+            new = Path(making) / "new"
+            new.mkdir()
+            found = write_tokens(texts, tok, new)
+            if not (root / found).exists(): rename(new, root / found)
+    return root / found
+
+# %% ../nbs/0_core/02_text.ipynb #write-rows
+def write_rows(home: Path, T: int, overlap: int, to: Path) -> None:
+    "The rows of a folder's documents, as three files in the folder `to`: cuts, sizes and docs."
+    ends, sizes = np.fromfile(home / "ends", np.int64), np.fromfile(home / "sizes", np.int64)  # (documents,) each
+    before = np.append(0, ends[:-1])                                                   # (documents,)
+    with (to / "cuts").open("wb") as a, (to / "sizes").open("wb") as b, (to / "docs").open("wb") as c:
+        for at in range(0, len(ends), 2**16):
+            rows, docs = cuts(ends[at:at + 2**16] - before[at], T, overlap)            # (rows,3) (rows,)
+            n = np.diff(ends[at:at + 2**16], prepend=before[at])                       # (documents,)
+            own = rows[:, 1] - rows[:, 0] - rows[:, 2]                                 # (rows,) tokens in the loss
+            (rows + [before[at], before[at], 0]).tofile(a)
+            (sizes[at + docs] * own / (n[docs] - 1)).tofile(b)
+            (docs + at).tofile(c)
+
+# %% ../nbs/0_core/02_text.ipynb #examples-all
+def rows_in(home: Path, T: int, overlap: int, keep: bool) -> Rows:
+    "Rows over a folder's files; `keep`: memory-mapped, and kept beside them; else in memory."
+    info, folder = json.loads((home / "info.json").read_text(encoding="utf-8")), home / f"rows-{T}-{overlap}"
+    if not folder.exists():
+        with FileLock(f"{home}.lock"), tempfile.TemporaryDirectory(dir=home, prefix=".making-") as making:
+            new = Path(making) / "new"
+            new.mkdir()
+            write_rows(home, T, overlap, new)
+            if not folder.exists(): rename(new, folder)
+    def array_in(path: Path, kind: str, *shape: int) -> np.ndarray:
+        if not keep: return np.fromfile(path, kind).reshape(-1, *shape)
+        return mapped((path, kind, (path.stat().st_size // np.dtype(kind).itemsize // max(1, *shape, 1), *shape)))
+    return Rows(array_in(home / "tokens", info["kind"]), array_in(folder / "cuts", "<i8", 3),
+                array_in(folder / "sizes", "<f8"), array_in(folder / "docs", "<i8"), info["lossy"])
+
+# %% ../nbs/0_core/02_text.ipynb #examples-main
+def examples(texts: Iterable[str], tok: PreTrainedTokenizerFast, T: int, overlap: int = 1) -> Rows:
+    """Documents as rows of at most `T` tokens, each token in the loss once; of larger texts over files in the cache.
+
+    Raises ValueError if `T` leaves no room to go forward, or if there is no text, OSError if they cannot be kept.
     """
     if isinstance(texts, str): raise ValueError("give a list of texts, such as [text]: one string is a row of letters")
     if not 0 < overlap < T: raise ValueError(f"overlap={overlap} must lie between 1 and T-1={T - 1}")
-    kind = np.uint16 if len(tok) <= 2**16 else np.uint32
-    cuts, docs, sizes, first = [], [], list[float](), list[str]()
-    at = unknown = 0
-    with tempfile.TemporaryFile() as file:
-        for n, (text, ids) in enumerate(encode(texts, tok)):
-            file.write(np.asarray(ids, kind).tobytes())
-            rows, size = cut(len(ids), T, overlap), len(text.encode())
-            cuts += [(at + a, at + z, skip) for a, z, skip in rows]
-            docs += [n] * len(rows)
-            sizes += [size * (z - a - skip) / (len(ids) - 1) for a, z, skip in rows]
-            at, unknown = at + len(ids), unknown + (ids.count(tok.unk_token_id) if tok.unk_token_id is not None else 0)
-            if n < 32: first.append(text)
-        if not cuts: raise ValueError("no text: the corpus is empty")
-        file.flush()
-        return Rows(np.memmap(file, kind, "r", shape=(at,)), np.asarray(cuts), np.asarray(sizes), np.asarray(docs),
-                    losses(first, tok, unknown))
+    if isinstance(texts, Iterator): return rows_in(tokenised(texts, tok), T, overlap, True)
+    name, size = naming(tok), 0
+    for text in texts: size += hashed(name, text)
+    if size >= SMALL: return rows_in(tokenised(texts, tok, name.hexdigest()), T, overlap, True)
+    with tempfile.TemporaryDirectory() as folder:
+        write_tokens(texts, tok, Path(folder))
+        return rows_in(Path(folder), T, overlap, False)
 
 # %% ../nbs/0_core/02_text.ipynb #chat
 def content(message: Mapping[str, Any], special: Sequence[str]) -> str:

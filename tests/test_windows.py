@@ -107,7 +107,7 @@ def test_synced(tmp_path, monkeypatch):
 @pytest.mark.parametrize("busy", [0, 2, 5, 99])
 def test_a_scanner_that_looks(tmp_path, monkeypatch, busy):
     "A rename that is refused for a moment is tried again; one that stays refused is an error, and the old file stays."
-    monkeypatch.setattr("lmtrain.files.PAUSES", (0.,) * 5)
+    monkeypatch.setattr("lmtrain.settings.PAUSES", (0.,) * 5)
     (tmp_path / "w").write_text("old")
     real, tries = os.replace, []
     def scanned(source, target):
