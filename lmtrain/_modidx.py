@@ -279,6 +279,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'lmtrain.generation.Weights': ('0_core/generate.html#weights', 'lmtrain/generation.py'),
                                     'lmtrain.generation.Weights.__init__': ( '0_core/generate.html#weights.__init__',
                                                                              'lmtrain/generation.py'),
+                                    'lmtrain.generation.Weights.low': ('0_core/generate.html#weights.low', 'lmtrain/generation.py'),
                                     'lmtrain.generation.Weights.matrix': ('0_core/generate.html#weights.matrix', 'lmtrain/generation.py'),
                                     'lmtrain.generation.Weights.norm': ('0_core/generate.html#weights.norm', 'lmtrain/generation.py'),
                                     'lmtrain.generation.Weights.plus': ('0_core/generate.html#weights.plus', 'lmtrain/generation.py'),

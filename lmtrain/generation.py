@@ -55,6 +55,7 @@ def draw(logits: Tensor, temperature: float, top_p: float, u: Tensor) -> tuple[T
         top, new = logits.float().max(1)                                               # (B,) (B,)
         return new, to_float64(top - logits.float().logsumexp(1)).exp()
     if top_p < 1: q = distribution(logits, temperature, top_p)                         # (B,V)
+    elif temperature == 1: q = logits.float().softmax(1)                               # (B,V)
     else: q = ((logits.float() - logits.float().amax(1, keepdim=True)) / temperature).softmax(1)  # (B,V)
     upto = to_float64(q).cumsum(1)                                                     # (B,V)
     new = torch.searchsorted(upto, u[:, None] * upto[:, -1:], right=True).clamp(max=q.shape[1] - 1)  # (B,1)
@@ -156,24 +157,26 @@ class Weights:
         self.roots = {n: torch.tensor((n * 1e-6) ** 0.5) for n in (s.dim, s.head_dim)}
         at, ones = torch.arange(s.length, device=device), torch.ones(s.head_dim, device=device)  # (length,) (hd,)
         cos, sin = (t[0, 0, :, None] for t in rotations(at[None], s.head_dim, s.theta))  # (length,1,hd) each
-        self.turns, self.layers = list[Tensor](), list[tuple[Tensor, ...]]()
+        turns, self.layers = list[Tensor](), list[tuple[Tensor, ...]]()
         for layer in cast(Iterable[Layer], model.layers):
             a, f = layer.self_attn, layer.mlp
             pre, post = layer.input_layernorm.weight, layer.post_attention_layernorm.weight  # (D,) (D,)
             norms = torch.cat([a.q_norm.weight.expand(s.heads, -1), a.k_norm.weight.expand(s.kv, -1)])  # (H+K,hd)
             by = norms * s.head_dim**0.5 if self.folds else ones                       # (H+K,hd) or (hd,)
-            turn = torch.stack([cos * by, sin * by.roll(s.head_dim // 2, -1)], 1)      # (length,2,H+K,hd)
-            self.turns += [t.to(w.dtype) for t in turn.unbind(1)]                      # (length,H+K,hd) each
+            turns += [cos * by, sin * by.roll(s.head_dim // 2, -1)]                    # (length,H+K,hd) each, or with 1
             qkv = torch.cat([a.q_proj.weight, a.k_proj.weight, a.v_proj.weight])       # ((H+2K)hd,D)
             gate_up = torch.cat([f.gate_proj.weight, f.up_proj.weight])                # (2ff,D)
             self.layers.append((self.matrix(qkv, pre), self.matrix(a.o_proj.weight), self.matrix(gate_up, post),
                                 self.matrix(f.down_proj.weight), pre, norms, post))
+        self.turns = torch.stack(turns, 1).to(w.dtype)                                 # (length,2L,H+K,hd) or with 1
         self.head, self.last = self.matrix(cast(Tensor, model.head.weight), model.norm.weight), model.norm.weight
 
     def matrix(self, w: Tensor, norm: Tensor | None = None) -> Tensor:
         "A weight as it is multiplied from the right, with the norm before it inside, if it can be: (in,out)."
         if norm is not None and self.folds: w = w * norm * len(norm) ** 0.5            # (out,in)
         return w.to(self.kind).t()
+
+    def low(self, x: Tensor) -> Tensor: return x if x.dtype == self.kind else x.to(self.kind)
 
     def norm(self, x: Tensor, weight: Tensor) -> Tensor:
         "RMSNorm; in three operations on a CPU, where rms_norm takes eight, without its weight and sqrt(n)."
@@ -182,7 +185,7 @@ class Weights:
 
     def plus(self, x: Tensor, y: Tensor, w: Tensor) -> Tensor:
         "x + y w, the sum in the precision of x: (B,D)."
-        return torch.addmm(x, y, w) if x.dtype == w.dtype else x + y.to(w.dtype) @ w
+        return torch.addmm(x, y, w) if x.dtype == w.dtype else x + self.low(y) @ w
 
 # %% ../nbs/0_core/12_generate.ipynb #decoder-class
 class Decoder(Weights):
@@ -209,21 +212,22 @@ class Decoder(Weights):
         "Logits behind one more token of each row (B,): (B,V)."
         s, B, n = self.size, len(ids), self.end
         self.pos, self.end = self.pos + 1, n + 1
-        at = self.pos[:1] if self.level else self.pos                                  # (1,) or (B,)
+        turns = self.turns[self.pos[:1] if self.level else self.pos].unbind(1)         # 2L (B,H+K,hd)
         now, past = self.kv.select(3, n).unbind(), self.kv.narrow(3, 0, n + 1).unbind()  # 2L (B,K,hd), 2L (B,K,n+1,hd)
         mask, x = None if self.mask is None else self.mask[..., :n + 1], F.embedding(ids, self.embed)  # (B,D)
         for i, (qkv, o, gate_up, down, pre, norms, post) in enumerate(self.layers):
-            y = (self.norm(x, pre).to(self.kind) @ qkv).view(B, s.heads + 2 * s.kv, s.head_dim)  # (B,H+2K,hd)
-            qk = self.norm(y[:, :s.heads + s.kv].to(x.dtype), norms)                   # (B,H+K,hd)
-            turned = qk.roll(s.head_dim // 2, -1)                                      # (B,H+K,hd)
-            qk = torch.addcmul(qk * self.turns[2 * i][at], turned, self.turns[2 * i + 1][at])  # (B,H+K,hd)
+            y = (self.low(self.norm(x, pre)) @ qkv).view(B, s.heads + 2 * s.kv, s.head_dim)  # (B,H+2K,hd)
+            qk = y[:, :s.heads + s.kv]                                                 # (B,H+K,hd)
+            qk = self.norm(qk if qk.dtype == x.dtype else qk.to(x.dtype), norms)       # (B,H+K,hd)
+            turned = qk.unflatten(2, (2, -1)).flip(2).flatten(2)                       # (B,H+K,hd) its halves, swapped
+            qk = torch.addcmul(qk * turns[2 * i], turned, turns[2 * i + 1])            # (B,H+K,hd)
             now[2 * i].copy_(qk[:, s.heads:]); now[2 * i + 1].copy_(y[:, s.heads + s.kv:])
-            q = qk[:, :s.heads, None].to(self.kv.dtype)                                # (B,H,1,hd)
+            q = self.low(qk[:, :s.heads, None])                                        # (B,H,1,hd)
             h = F.scaled_dot_product_attention(q, past[2 * i], past[2 * i + 1], mask, enable_gqa=s.heads != s.kv)
             x = self.plus(x, h.flatten(1), o)                                          # (B,D)
-            gate, up = (self.norm(x, post).to(self.kind) @ gate_up).chunk(2, 1)        # (B,ff) each
+            gate, up = (self.low(self.norm(x, post)) @ gate_up).chunk(2, 1)        # (B,ff) each
             x = self.plus(x, F.silu(gate) * up, down)                                  # (B,D)
-        return self.norm(x, self.last).to(self.kind) @ self.head
+        return self.low(self.norm(x, self.last)) @ self.head
 
 # %% ../nbs/0_core/12_generate.ipynb #until
 Stop = Callable[[list[int]], bool]  # the tokens that a row has written -> has it come to its end?
@@ -247,21 +251,22 @@ def uniforms(prompts: Sequence[Sequence[int]], names: list[int], max_new: int, n
 class Rest:
     "What rows have written so far, and which of them go on: looked at every `look` steps, for looking waits for a GPU."
     def __init__(self, rows: int, ends: Stop | None, look: int):
-        self.ends, self.look, self.alive, self.waiting = ends, look, list(range(rows)), list[tuple[Tensor, Tensor]]()
+        self.ends, self.look, self.rows, self.waiting = ends, look, list(range(rows)), list[tuple[Tensor, Tensor]]()
         self.ours, self.sure = [list[int]() for _ in range(rows)], [list[float]() for _ in range(rows)]
+        self.over = [False] * rows
 
     def add(self, new: Tensor, p: Tensor, last: bool) -> list[int] | None:
         "Take a step's tokens (B,) and their odds; if it is time, the places of the rows that go on, else None."
         self.waiting.append((new, p))
         if not last and (self.ends is None or len(self.waiting) < self.look): return None
         tokens, odds = (torch.stack(c, 1).tolist() for c in zip(*self.waiting, strict=True))
-        self.waiting, going = [], []
-        for k, r in enumerate(self.alive):
+        self.waiting = []
+        for k, r in enumerate(self.rows):
             for i, q in zip(tokens[k], odds[k], strict=True):
+                if self.over[r]: break
                 self.ours[r].append(i); self.sure[r].append(q)
-                if self.ends is not None and self.ends(self.ours[r]): break
-            else: going.append(k)
-        return going
+                self.over[r] = self.ends is not None and self.ends(self.ours[r])
+        return [k for k, r in enumerate(self.rows) if not self.over[r]]
 
 # %% ../nbs/0_core/12_generate.ipynb #generate-cached
 def continuation(model: Transformer, decode: Decoder, prompts: Sequence[Sequence[int]], u: Tensor, temperature: float,
@@ -279,9 +284,9 @@ def continuation(model: Transformer, decode: Decoder, prompts: Sequence[Sequence
         new, p = draw(logits, temperature, top_p, u[:, step])                          # (B,) (B,)
         going = rest.add(new, p, step == max_new - 1)
         if going is not None:
-            rest.alive = [rest.alive[k] for k in going]
             if not going: break
-            if len(going) < len(new):
+            if len(going) <= 0.75 * len(new):              # dropping copies what the others have read: not for each row
+                rest.rows = [rest.rows[k] for k in going]
                 some = torch.tensor(going, device=device)                              # (B,)
                 decode.keep(some); u, new = u[some.to(u.device)], new[some]            # (B,max_new) (B,)
         if step < max_new - 1: logits = decode(new)                                    # (B,V)
