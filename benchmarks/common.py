@@ -55,7 +55,7 @@ class Clock(Callback, TrainerCallback):
 
 def full(rows: Rows) -> list[dict]:
     "Rows of exactly T tokens, as transformers' Trainer takes them."
-    return [{"input_ids": e.ids, "labels": e.ids} for e in rows if len(e) == T]
+    return [{"input_ids": ids, "labels": ids} for e in rows if len(ids := e.lists().ids) == T]
 
 
 def theirs(net: PreTrainedModel, rows: list[dict], steps: int, lr: float = 1e-3, warmup: float = 0.03, seed: int = 0,

@@ -182,16 +182,21 @@ def test_a_bad_item_comes_in_its_turn():
 
 
 def test_it_works_while_the_step_runs():
-    "With a slow objective and a slow step, the sum of both is not waited for. Control: in line it is."
-    class Slow(Objective):
-        def corrupt(self, b, noise): time.sleep(.02); return super().corrupt(b, noise)
-    def seconds(batches) -> float:
-        next(batches); began = time.perf_counter()
-        for _ in range(8): next(batches); time.sleep(.02)
-        return time.perf_counter() - began
-    loader = Loader(text(200), Slow(), 4, 40)
-    thread, line = seconds(iter(loader)), seconds(b for _, b in loader.made())
-    assert thread < .85 * line
+    "While the first batch is used the second is made: whoever waits for that, between two batches, does not wait in vain. Control: in line nothing is made then."
+    class Tells(Objective):
+        def corrupt(self, b, noise): made.append(threading.Event()); made[-1].set(); return super().corrupt(b, noise)
+    loader = Loader(text(200), Tells(), 4, 40)
+    made: list[threading.Event] = []
+    batches = iter(loader)
+    next(batches)
+    for _ in range(600):
+        if len(made) > 1: break
+        time.sleep(.05)
+    assert len(made) > 1 and made[1].wait(30)
+    batches.close()
+    made.clear()
+    line = loader.made(); next(line); time.sleep(.2)
+    assert len(made) == 1
 
 
 # ---- like lengths together
