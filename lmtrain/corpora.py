@@ -6,13 +6,15 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['PACKAGES', 'xz_bits', 'shingles', 'components', 'near_duplicates', 'coin', 'held_out', 'docstrings', 'harvest',
-           'digest_of', 'known_sum', 'cached', 'python_docs', 'catalogue', 'fetch', 'lines', 'read_wheel',
-           'from_catalogue', 'find', 'corpus', 'Api', 'public', 'signature', 'apis', 'Links', 'mentions', 'link_graph']
+__all__ = ['PACKAGES', 'xz_bits', 'Numbers', 'shingles', 'sampled', 'components', 'near_duplicates', 'coin', 'held_out',
+           'docstrings', 'harvest', 'digest_of', 'known_sum', 'cached', 'python_docs', 'catalogue', 'fetch', 'lines',
+           'read_wheel', 'from_catalogue', 'find', 'corpus', 'Api', 'public', 'signature', 'apis', 'Links', 'mentions',
+           'link_graph']
 
 # %% ../nbs/0_core/04_corpora.ipynb #imports-2
 import ast, errno, hashlib, importlib, importlib.util, inspect, json, lzma, re
 import subprocess, sys, sysconfig, tempfile, warnings, zipfile, zlib
+from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -42,14 +44,43 @@ def xz_bits(train: Iterable[str], validation: Iterable[str]) -> float:
     return 8 * (size(before + rest) - size(before)) / len(rest)
 
 # %% ../nbs/0_core/04_corpora.ipynb #near-duplicates
-def shingles(text: str, n: int, numbers: dict[str, int]) -> np.ndarray:
+class Numbers(dict[str, int]):
+    "A number for each word, remembered for the last million of them."
+    def __missing__(self, word: str) -> int:
+        if len(self) >= 2**20: self.clear()
+        return self.setdefault(word, zlib.crc32(word.encode()))
+
+
+def shingles(text: str, n: int, numbers: Numbers) -> np.ndarray:
     "Distinct hashes of the runs of `n` words in a text (of all its words, if it has fewer): uint64."
-    words = np.array([numbers.setdefault(w, zlib.crc32(w.encode())) for w in re.findall(r"\w+", text.lower())]
-                     or [zlib.crc32(text.encode())], np.uint64)
+    words = np.array([numbers[w] for w in re.findall(r"\w+", text.lower())] or [zlib.crc32(text.encode())], np.uint64)
     n = min(n, len(words))
     runs = np.zeros(len(words) - n + 1, np.uint64)
     for i in range(n): runs = runs * np.uint64(0x9E3779B97F4A7C15) + words[i:len(words) - n + 1 + i] + np.uint64(1)
     return np.unique(runs)
+
+# %% ../nbs/0_core/04_corpora.ipynb #sampled
+def sampled(texts: Iterable[str], n: int, most: int) -> tuple[np.ndarray, np.ndarray, int]:
+    """The runs of all texts, whose they are, and of how many runs one is kept: (runs,) uint64, (runs,) int32.
+
+    More than about `most` are never held. Whether a run is kept depends on it alone, so a run that two texts share is
+    kept in both; where some are left out, a hash of the whole text is added to each text's.
+    """
+    numbers, every, total, wholes = Numbers(), 1, 0, array("Q")
+    kept: list[tuple[np.ndarray, np.ndarray]] = []
+    for k, text in enumerate(texts):
+        runs = shingles(text, n, numbers)                                              # (runs,)
+        runs = runs[runs % np.uint64(every) == 0] if every > 1 else runs
+        kept.append((runs, np.full(len(runs), k, np.int32))); total += len(runs)
+        wholes.append(int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big"))
+        while total > most:
+            every *= 2
+            keys, docs = (np.concatenate(p) for p in zip(*kept, strict=True))          # (runs,) (runs,)
+            stay = keys % np.uint64(every) == 0                                        # (runs,)
+            kept, total = [(keys[stay], docs[stay])], int(stay.sum())
+    if every > 1: kept.append((np.array(wholes, np.uint64), np.arange(len(wholes), dtype=np.int32)))
+    keys, docs = (np.concatenate(p) for p in zip(*kept, strict=True))                  # (runs,) (runs,)
+    return keys, docs, every
 
 # %% ../nbs/0_core/04_corpora.ipynb #shared-runs
 def components(n: int, pairs: Iterable[tuple[int, int]]) -> list[int]:
@@ -63,21 +94,22 @@ def components(n: int, pairs: Iterable[tuple[int, int]]) -> list[int]:
     return [first(i) for i in range(n)]
 
 
-def near_duplicates(texts: Sequence[str], n: int = 13) -> list[int]:
+def near_duplicates(texts: Sequence[str], n: int = 13, most: int = 2**24) -> list[int]:
     """For each text the number of the first text of its group; texts sharing a run of `n` words are in one group.
 
     A run that more than half of the texts share (a template, a licence) says nothing about two of them, unless it and
-    its like are four fifths of a text.
+    its like are four fifths of a text. Of more than `most` runs a sample is compared, and a warning says of which size.
     """
-    numbers: dict[str, int] = {}
-    runs = [shingles(t, n, numbers) for t in texts]
-    keys, docs = np.concatenate(runs), np.repeat(np.arange(len(texts)), [len(r) for r in runs])
-    _, which, count = np.unique(keys, return_inverse=True, return_counts=True)
-    common = count[which] > max(3, len(texts) / 2)                                     # (runs,)
-    share = np.bincount(docs, common, len(texts)) / np.bincount(docs, minlength=len(texts))  # (texts,)
+    keys, docs, every = sampled(texts, n, most)                                        # (runs,) (runs,)
+    if every > 1: warnings.warn(f"one run of {n} words in {every} was compared: texts that share a page are found, two "
+                                "that share a single sentence may not be", stacklevel=2)
+    order = np.lexsort((docs, keys)); keys, docs = keys[order], docs[order]            # (runs,) (runs,)
+    first = np.append(True, keys[1:] != keys[:-1])                                     # (runs,)
+    count = np.diff(np.append(np.flatnonzero(first), len(keys)))[np.cumsum(first) - 1]  # (runs,) texts that have it
+    common = count > max(3, len(texts) / 2)                                            # (runs,)
+    share = np.bincount(docs, common, len(texts)) / np.bincount(docs, minlength=len(texts)).clip(1)  # (texts,)
     told = ~common | (share[docs] >= 0.8)                                              # (runs,)
     keys, docs = keys[told], docs[told]
-    order = np.lexsort((docs, keys)); keys, docs = keys[order], docs[order]
     same = keys[1:] == keys[:-1]
     return components(len(texts), np.unique(np.stack([docs[:-1][same], docs[1:][same]], 1), axis=0).tolist())
 
@@ -92,14 +124,16 @@ def held_out(texts: Sequence[str], share: float = 0.08) -> list[bool]:
 
     Raises ValueError if the documents do not form three groups.
     """
-    group = near_duplicates(texts) if texts else []
-    size, face = Counter(group), dict[int, str]()
-    for text, g in zip(texts, group, strict=True): face[g] = min(face.get(g, text), text)
+    group = near_duplicates(texts) if len(texts) else []
+    size, coins, face = Counter(group), dict[int, float](), dict[int, str]()
+    for text, g in zip(texts, group, strict=True):         # the first text of a group in order of letters has its coin
+        if g not in coins or text < face[g]: coins[g] = coin(text)
+        if size[g] > 1: face[g] = min(face.get(g, text), text)
     if len(size) < 3:
         raise ValueError(f"too few documents to hold some out: {len(size)} that share no passage, three are needed; "
                          "bring more text; a single file is cut into passages at its blank lines")
-    small = sorted((coin(face[g]), g) for g in size if size[g] <= max(1, len(texts) / 100)) or \
-        sorted((coin(face[g]), g) for g in size)
+    small = sorted((coins[g], g) for g in size if size[g] <= max(1, len(texts) / 100)) or \
+        sorted((coins[g], g) for g in size)
     out = {g for c, g in small if c < share} or set()
     out |= {g for _, g in small[:min(2, len(size) - 1)]}
     return [g in out for g in group]
@@ -259,7 +293,7 @@ def corpus(name_or_path: str | Path, column: str = "text", streaming: bool = Fal
     whole = data["train"] if "train" in data else concatenate_datasets([*data.values()])
     if streaming: return kind({"train": whole.filter(lambda r: coin(r["text"]) >= 0.08),
                                "validation": whole.filter(lambda r: coin(r["text"]) < 0.08)})
-    out = np.array(held_out(whole["text"][:]))
+    out = np.array(held_out(whole["text"]))
     return kind({"train": whole.select(np.flatnonzero(~out)), "validation": whole.select(np.flatnonzero(out))})
 
 # %% ../nbs/0_core/04_corpora.ipynb #apis

