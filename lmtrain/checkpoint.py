@@ -25,8 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 # %% ../nbs/0_core/11_checkpoint.ipynb #imports-4
-from .files import follow_umask
-from .settings import rename
+from .settings import follow_umask, rename
 from .loader import described
 from .model import check_weights_finite
 from .train import Callback, Trainer, say

@@ -6,12 +6,12 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['KINDS', 'ASIDE', 'LARGE', 'SPLITS', 'check_readable', 'follow_umask', 'kind_of', 'in_folder', 'raw', 'letters',
-           'check_letters', 'checked', 'passages', 'texts', 'objects', 'cells', 'rows_of', 'what_is', 'dig', 'document',
-           'documents', 'made', 'split_of', 'own', 'check_hub', 'from_hub', 'tidied']
+__all__ = ['KINDS', 'ASIDE', 'LARGE', 'SPLITS', 'kind_of', 'in_folder', 'raw', 'letters', 'check_letters', 'checked', 'passages',
+           'texts', 'objects', 'cells', 'rows_of', 'what_is', 'dig', 'document', 'documents', 'made', 'split_of', 'own',
+           'check_hub', 'from_hub', 'tidied']
 
 # %% ../nbs/0_core/03_files.ipynb #imports-2
-import codecs, csv, errno, gzip, io, json, os, re, warnings, zlib
+import codecs, csv, gzip, io, json, re, warnings, zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, cast
@@ -23,24 +23,7 @@ from pyarrow import ArrowException
 from pyarrow.parquet import ParquetFile
 
 # %% ../nbs/0_core/03_files.ipynb #imports-4
-from .settings import cache_dir
-
-# %% ../nbs/0_core/03_files.ipynb #modes
-def check_readable(path: Path) -> None:
-    "Raises PermissionError that names the first file at `path`, a file or a folder, that this user may not read."
-    need = os.R_OK | os.X_OK if path.is_dir() else os.R_OK
-    if os.path.exists(path) and not os.access(path, need):
-        raise PermissionError(errno.EACCES, "may not be read", str(path))
-    for part in sorted(path.iterdir()) if path.is_dir() else ():
-        if not part.name.startswith("."): check_readable(part)
-
-
-def follow_umask(folder: Path) -> None:
-    "Give all files in a new folder the mode that new files have there."
-    probe = folder / ".mode"
-    probe.touch(); mode = probe.stat().st_mode & 0o777; probe.unlink()
-    for path in folder.rglob("*"):
-        if path.is_file(): path.chmod(mode)
+from .settings import cache_dir, check_readable
 
 # %% ../nbs/0_core/03_files.ipynb #kinds
 KINDS = {".txt": "text", ".md": "text", ".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv",

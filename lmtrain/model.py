@@ -32,8 +32,7 @@ from transformers import (AutoConfig, GenerationConfig, PreTrainedModel, PreTrai
 # %% ../nbs/0_core/05_model.ipynb #imports-4
 from .batch import Batch, Columns, sees
 from .text import load_tokenizer
-from .files import check_readable, follow_umask
-from .settings import rename
+from .settings import check_readable, follow_umask, rename
 
 # %% ../nbs/0_core/05_model.ipynb #size
 @dataclass(frozen=True)

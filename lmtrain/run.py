@@ -30,7 +30,7 @@ from transformers import PreTrainedTokenizerFast, logging
 
 # %% ../nbs/8_tour/02_run.ipynb #imports-4
 from .text import Rows, examples, load_tokenizer, regular_ids, train_bpe
-from .files import check_hub, check_readable
+from .files import check_hub
 from .corpora import corpus
 from .model import LM, Size, Transformer, check_weights_finite, load, save
 from .pretrained import Pretrained
@@ -40,7 +40,7 @@ from .loader import Loader
 from .train import History, Progress, Trainer, fitting_accelerator, idle_gpus, native_bf16, say
 from .checkpoint import Save, locked, resume, write
 from .evaluate import Evaluate, held_loss
-from .settings import rename, scale
+from .settings import check_readable, rename, scale
 
 # %% ../nbs/8_tour/02_run.ipynb #named
 def class_of(node: ast.expr) -> type:

@@ -1,6 +1,7 @@
 "The scale of the lessons, read from settings.ini, the data files that come with the package, and where things are kept."
 from __future__ import annotations
 
+import errno
 import os
 import tempfile
 import time
@@ -44,6 +45,23 @@ def cache_dir() -> Path:
     try: path = Path.home() / ".cache" / "lmtrain"
     except RuntimeError: return private_dir()
     return path if usable(path) else private_dir()
+
+
+def check_readable(path: Path) -> None:
+    "Raises PermissionError that names the first file at `path`, a file or a folder, that this user may not read."
+    need = os.R_OK | os.X_OK if path.is_dir() else os.R_OK
+    if os.path.exists(path) and not os.access(path, need):
+        raise PermissionError(errno.EACCES, "may not be read", str(path))
+    for part in sorted(path.iterdir()) if path.is_dir() else ():
+        if not part.name.startswith("."): check_readable(part)
+
+
+def follow_umask(folder: Path) -> None:
+    "Give all files in a new folder the mode that new files have there: some libraries write for their owner alone."
+    probe = folder / ".mode"
+    probe.touch(); mode = probe.stat().st_mode & 0o777; probe.unlink()
+    for path in folder.rglob("*"):
+        if path.is_file(): path.chmod(mode)
 
 
 PAUSES = (0.05, 0.1, 0.2, 0.4, 0.8) if os.name == "nt" else ()  # seconds between tries: a virus scanner may be looking

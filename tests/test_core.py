@@ -337,3 +337,16 @@ def test_one_row_by_number():
     "b[0] is a batch of one row."
     b = collate(ROWS[:3])
     assert len(b[1]) == 1 and torch.equal(b[1].ids, b.ids[1:2])
+
+
+def test_a_step_and_a_text_need_no_data_sets():
+    "What a GPU's benchmark imports brings neither datasets nor widgets, and its lines run at the size of a toy."
+    import subprocess
+    import sys
+    code = "import sys; sys.argv = ['gpu', '--toy']; from benchmarks.gpu import main; main(); print({'datasets', 'ipywidgets', 'anywidget'} & {m.split('.')[0] for m in sys.modules})"
+    done = subprocess.run([sys.executable, "-c", code], cwd=__file__.rpartition("tests")[0], capture_output=True, text=True, timeout=300)
+    lines = done.stdout.splitlines()
+    assert done.returncode == 0 and lines[-1] == "set()", done.stderr[-1500:]
+    for kind in ("CLM ", "MLM", "diffusion", "block diffusion", "CLM, packed"):
+        for how in ("eager", "compiled"): assert any(kind in s and how in s for s in lines)
+    assert sum("writing" in s for s in lines) == 2 and sum("x transformers" in s for s in lines) == 2

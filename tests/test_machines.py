@@ -16,8 +16,8 @@ import torch
 from lmtrain import Size, Transformer, cli, doctor, load, save, settings
 from lmtrain import corpus as open_corpus
 from lmtrain.checkpoint import load_state, locked, save_state
-from lmtrain.files import check_readable
 from lmtrain.run import Job, train
+from lmtrain.settings import check_readable
 from lmtrain.tour import tour
 from lmtrain.train import Progress, Trainer, idle_gpus, say
 
