@@ -8,12 +8,14 @@ from __future__ import annotations
 # %% auto #0
 __all__ = ['SPECIALS', 'ROLES', 'TEMPLATE', 'Ids', 'SMALL', 'pieces', 'train_bpe', 'train_chars', 'load_tokenizer', 'regular_ids',
            'among', 'nth', 'cut', 'cuts', 'place', 'mapped', 'reopened', 'Rows', 'encode', 'losses', 'token_kind',
-           'naming', 'hashed', 'write_tokens', 'tokenised', 'write_rows', 'rows_in', 'examples', 'content', 'chat']
+           'naming', 'hashed', 'write_tokens', 'making', 'sweep', 'tokenised', 'write_rows', 'rows_in', 'examples',
+           'content', 'chat']
 
 # %% ../nbs/0_core/02_text.ipynb #imports-2
-import hashlib, json, mmap, os, re, tempfile
+import hashlib, json, mmap, os, re, shutil, tempfile
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, cast
@@ -21,7 +23,7 @@ from typing import Any, cast
 # %% ../nbs/0_core/02_text.ipynb #imports-3
 import numpy as np
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -267,18 +269,35 @@ def write_tokens(texts: Iterable[str], tok: PreTrainedTokenizerFast, to: Path) -
     return name.hexdigest()
 
 # %% ../nbs/0_core/02_text.ipynb #tokenised
+@contextmanager
+def making(root: Path, name: str) -> Iterator[Path]:
+    "A new folder in `root`, under the lock of `name`: one process at a time. It is gone at the end, if not renamed."
+    root.mkdir(parents=True, exist_ok=True)
+    with FileLock(root / f"{name}.lock"):
+        new = root / f".making-{name}"
+        shutil.rmtree(new, ignore_errors=True)             # of a process that was killed
+        new.mkdir()
+        try: yield new
+        finally: shutil.rmtree(new, ignore_errors=True)
+
+
+def sweep(root: Path) -> None:
+    "Remove what killed processes left: folders whose lock nobody holds."
+    for left in root.glob(".making-*"):
+        try:
+            with FileLock(root / f"{left.name.removeprefix('.making-')}.lock", timeout=0): shutil.rmtree(left)
+        except (Timeout, OSError): continue                # it is being written
+
+
 def tokenised(texts: Iterable[str], tok: PreTrainedTokenizerFast, name: str | None = None) -> Path:
     "The folder in the cache with the tokens of `texts`, written if it is not there; `name` is theirs, if it is known."
     root = cache_dir() / "tokens"
-    root.mkdir(parents=True, exist_ok=True)
     if name and (root / name).exists(): return root / name
-    with FileLock(root / f"{name or 'stream'}.lock"):
+    sweep(root)
+    with making(root, name or "stream") as new:
         if name and (root / name).exists(): return root / name
-        with tempfile.TemporaryDirectory(dir=root, prefix=".making-") as making:
-            new = Path(making) / "new"
-            new.mkdir()
-            found = write_tokens(texts, tok, new)
-            if not (root / found).exists(): rename(new, root / found)
+        found = write_tokens(texts, tok, new)
+        if not (root / found).exists(): rename(new, root / found)
     return root / found
 
 # %% ../nbs/0_core/02_text.ipynb #write-rows
@@ -300,9 +319,7 @@ def rows_in(home: Path, T: int, overlap: int, keep: bool) -> Rows:
     "Rows over a folder's files; `keep`: memory-mapped, and kept beside them; else in memory."
     info, folder = json.loads((home / "info.json").read_text(encoding="utf-8")), home / f"rows-{T}-{overlap}"
     if not folder.exists():
-        with FileLock(f"{home}.lock"), tempfile.TemporaryDirectory(dir=home, prefix=".making-") as making:
-            new = Path(making) / "new"
-            new.mkdir()
+        with making(home, folder.name) as new:
             write_rows(home, T, overlap, new)
             if not folder.exists(): rename(new, folder)
     def array_in(path: Path, kind: str, *shape: int) -> np.ndarray:

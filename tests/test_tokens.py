@@ -122,10 +122,19 @@ def test_a_writer_that_is_killed(tmp_path, monkeypatch):
     p = subprocess.Popen([sys.executable, "-c", KILLED], env={**os.environ, "LMTRAIN_CACHE": str(tmp_path)}, stdout=subprocess.PIPE, text=True)
     assert p.stdout.readline() == "half\n"
     p.send_signal(signal.SIGKILL); p.wait()
-    assert not [q for q in (tmp_path / "tokens").iterdir() if q.is_dir() and not q.name.startswith(".")]
+    left = [q for q in (tmp_path / "tokens").iterdir() if q.is_dir()]
+    assert len(left) == 1 and left[0].name.startswith(".making-")
     monkeypatch.setenv("LMTRAIN_CACHE", str(tmp_path)); monkeypatch.setattr(module, "SMALL", 100)
     rows = examples([f"the sea was calm on day {i} " * 20 for i in range(200)], train_bpe(["the sea"], 270), 64)
-    assert rows.docs.max() == 199
+    assert rows.docs.max() == 199 and not [*(tmp_path / "tokens").glob(".making-*")]
+
+
+def test_what_another_left_is_swept(cache, small_tok):
+    "A writer of one text removes what a killed writer of another left, and leaves alone what is being written (the control)."
+    from filelock import FileLock
+    for name in ("dead", "alive"): (cache / f".making-{name}").mkdir(parents=True); (cache / f".making-{name}" / "tokens").write_bytes(b"half")
+    with FileLock(cache / "alive.lock"): examples(texts(7), small_tok, 64)
+    assert {p.name for p in cache.glob(".making-*")} == {".making-alive"}
 
 
 def test_a_writer_that_breaks_leaves_nothing(cache, small_tok, monkeypatch):

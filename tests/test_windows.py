@@ -123,7 +123,8 @@ def test_a_scanner_that_looks(tmp_path, monkeypatch, busy):
 
 def test_whole_runs(tmp_path, monkeypatch):
     "A tour, and a run that is stopped, gone on with and continued from its own model in the same folder: under Windows' rules."
-    monkeypatch.setenv("LMTRAIN_SCALE", "classroom")
+    monkeypatch.setenv("LMTRAIN_SCALE", "classroom"); monkeypatch.setenv("LMTRAIN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("lmtrain.text.SMALL", 1000)        # token folders, mapped and locked
     dice, words = random.Random(0), "the sea was calm and the sailors sang of old ships naïve Ωmega".split()
     with rules(monkeypatch, tmp_path):
         (tmp_path / "t").mkdir()
@@ -142,7 +143,7 @@ def test_whole_runs(tmp_path, monkeypatch):
         train(job(3, model=str(tmp_path / "run" / "model")), tmp_path / "more", said.append)
         model, tok = load(tmp_path / "more" / "model")
         save(model, tok, tmp_path / "more" / "model")      # over the one that was just read
-        assert not [p for p in tmp_path.rglob(".*") if p.name not in (".lock",)]
+        assert not [p for p in tmp_path.rglob(".*") if p.name != ".lock"] and [*(tmp_path / "cache" / "tokens").glob("*/rows-*/cuts")]
 
 
 def test_models_of_others_are_saved_over(tmp_path, monkeypatch):
