@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, PreTrainedTokenizerFast
 
 # %% ../nbs/0_core/12_generate.ipynb #imports-4
-from .batch import WITHOUT_FLOAT64, Batch, Example, Noise, Trace, collate, to_float64
+from .batch import Batch, Example, Noise, Trace, collate, to_float64
 from .model import LM, Cache, Layer, Transformer, evaluating, on, rotations
 from .pretrained import Pretrained
 
@@ -259,7 +259,7 @@ class Rest:
         "Take a step's tokens (B,) and their odds; if it is time, the places of the rows that go on, else None."
         self.waiting.append((new, p))
         if not last and (self.ends is None or len(self.waiting) < self.look): return None
-        tokens, odds = (torch.stack(c, 1).tolist() for c in zip(*self.waiting, strict=True))
+        tokens, odds = (torch.stack(c, 1).cpu().tolist() for c in zip(*self.waiting, strict=True))
         self.waiting = []
         for k, r in enumerate(self.rows):
             for i, q in zip(tokens[k], odds[k], strict=True):
@@ -275,10 +275,10 @@ def continuation(model: Transformer, decode: Decoder, prompts: Sequence[Sequence
     first = {p: n for n, p in enumerate(dict.fromkeys(map(tuple, prompts)))}           # equal prompts are read once
     b, cache = start(model, list(first)), Cache()
     device, max_new = b.ids.device, u.shape[1]
-    if device.type not in WITHOUT_FLOAT64: u = u.to(device)                            # (B,max_new)
     rows = torch.tensor([first[tuple(p)] for p in prompts], device=device)             # (B,)
     h = model(b, cache)[torch.arange(len(b)), (b.doc > 0).sum(1) - 1]                  # (b,D)
     decode.begin(cache, rows, max_new)
+    u = u.to(to_float64(h[:1]).device)                                                 # (B,max_new) where 64 bits are
     logits, rest = model.head(h)[rows], Rest(len(prompts), ends, 1 if device.type == "cpu" else 16)  # (B,V)
     for step in range(max_new):
         new, p = draw(logits, temperature, top_p, u[:, step])                          # (B,) (B,)

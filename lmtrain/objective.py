@@ -56,7 +56,7 @@ def nll(model: LM, b: Batch, forbid: tuple[int, ...] = (), temperature: float = 
         if temperature != 1.0: logits = logits / temperature                           # (n,V)
         if forbid: logits = logits.index_fill(1, torch.tensor(forbid, device=h.device), -torch.inf)
         return F.cross_entropy(logits, targets, reduction="none", ignore_index=-100)   # (n,)
-    n = max(128, CHUNK // max(1, model.vocab))
+    n = max(128, CHUNK // max(1, getattr(model, "vocab", 0)))
     if len(h) <= n: return costs(h, targets)
     parts = zip(h.split(n), targets.split(n), strict=True)
     return torch.cat([checkpoint(costs, *p, use_reentrant=False, preserve_rng_state=False) for p in parts])

@@ -49,6 +49,7 @@ def device(monkeypatch=None):
     if monkeypatch is not None:
         monkeypatch.setattr("lmtrain.batch.WITHOUT_FLOAT64", {"meta"})
         monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: torch.device("meta"))
+        monkeypatch.setattr(torch, "inference_mode", torch.no_grad)                    # which no subclass of Tensor can be made in
         monkeypatch.setattr("lmtrain.train.cast_to_bf16", lambda *_: nullcontext())    # PyTorch has none for meta
         monkeypatch.setattr(torch.optim, "AdamW", lambda *a, _of=torch.optim.AdamW, fused=None, **k: _of(*a, **k))  # nor a fused one
         monkeypatch.setattr("accelerate.Accelerator.device", property(lambda self: torch.device("meta")))
