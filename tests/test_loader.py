@@ -167,7 +167,7 @@ def test_ahead_is_the_same_and_leaves_nothing():
     assert got == [1, 2, 3]
     some = ahead(iter(range(9))); next(some); some.close()
     other = ahead(iter(range(9))); next(other); del other; gc.collect()
-    assert threading.active_count() == before
+    assert threading.active_count() <= before
 
 
 def test_a_bad_item_comes_in_its_turn():
