@@ -6,10 +6,10 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['PACKAGES', 'xz_bits', 'Numbers', 'shingles', 'sampled', 'components', 'near_duplicates', 'coin', 'held_out',
-           'docstrings', 'harvest', 'digest_of', 'known_sum', 'cached', 'python_docs', 'catalogue', 'fetch', 'lines',
-           'read_wheel', 'from_catalogue', 'find', 'corpus', 'Api', 'public', 'signature', 'apis', 'Links', 'mentions',
-           'link_graph']
+__all__ = ['SUBJECTS', 'VERBS', 'OBJECTS', 'ENDINGS', 'PACKAGES', 'xz_bits', 'Numbers', 'shingles', 'sampled', 'components',
+           'near_duplicates', 'coin', 'held_out', 'little_language', 'halves', 'docstrings', 'harvest', 'digest_of',
+           'known_sum', 'cached', 'python_docs', 'catalogue', 'fetch', 'lines', 'read_wheel', 'from_catalogue', 'find',
+           'corpus', 'Api', 'public', 'signature', 'apis', 'Links', 'mentions', 'link_graph']
 
 # %% ../nbs/0_core/04_corpora.ipynb #imports-2
 import ast, errno, hashlib, importlib, importlib.util, inspect, json, lzma, re
@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from importlib.metadata import version
+from itertools import product
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -137,6 +138,25 @@ def held_out(texts: Sequence[str], share: float = 0.08) -> list[bool]:
     out = {g for c, g in small if c < share} or set()
     out |= {g for _, g in small[:min(2, len(size) - 1)]}
     return [g in out for g in group]
+
+# %% ../nbs/0_core/04_corpora.ipynb #little
+SUBJECTS = {"queen": "she", "king": "he", "girl": "she", "boy": "he", "cat": "it", "horse": "it"}
+VERBS = "hears", "sees", "follows", "finds"
+OBJECTS = "two birds", "a river", "the moon", "some friends", "an island", "three ships"
+ENDINGS = "sings", "sleeps", "smiles", "waits"
+
+
+def little_language() -> list[str]:
+    "All 576 sentences of a language with a subject, its pronoun, a verb, an object and an ending: ln 576 nats each."
+    return [f"the {s} {v} {o} and {SUBJECTS[s]} {e}."
+            for s, v, o, e in product(SUBJECTS, VERBS, OBJECTS, ENDINGS)]
+
+
+def halves(seed: int = 0) -> tuple[list[str], list[str]]:
+    "The little language in two halves of 288 sentences, drawn at random: to learn from, and held out."
+    whole = little_language()
+    order = np.random.default_rng(seed).permutation(len(whole))                        # (576,)
+    return [whole[i] for i in order[:288]], [whole[i] for i in order[288:]]
 
 # %% ../nbs/0_core/04_corpora.ipynb #harvest
 def docstrings(tree: ast.Module | ast.ClassDef, name: str) -> Iterator[tuple[str, str]]:

@@ -361,3 +361,20 @@ def test_the_coin_of_a_group_is_its_first_texts(monkeypatch):
         assert out[texts[0]] == out[twins[0]]
     first = [dict(zip(s, held_out(s), strict=True)) for s in (texts + twins[:1], (texts + twins[:1])[::-1])]
     assert first[0] == first[1]
+
+
+# ---- the little language
+
+def test_the_little_language_is_known():
+    "576 sentences, each once; the pronoun agrees with its subject; two random halves, another by another seed; every word is in both."
+    from lmtrain.corpora import SUBJECTS, halves, little_language
+    whole = little_language()
+    assert len({*whole}) == 576 and whole == little_language()
+    for s in whole:
+        the, subject, *rest = s.rstrip(".").split()
+        assert the == "the" and rest[rest.index("and") + 1] == SUBJECTS[subject] and s.endswith(".")
+    learn, rest = halves()
+    assert len(learn) == len(rest) == 288 and {*learn} | {*rest} == {*whole} and halves() == (learn, rest) != halves(1)
+    words = lambda some: {w for s in some for w in s.split()}
+    assert words(learn) == words(rest) == words(whole) and len({w.rstrip(".") for w in words(whole)}) == 30
+    assert "the queen hears two birds and he sings." not in whole and "the queen hears two birds and she sings." in whole  # the control: another pronoun
