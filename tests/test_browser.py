@@ -411,7 +411,7 @@ def test_another_user_finds_no_token(words, tmp_path):
         home = re.search(r"Open (\S+)/open.html", (tmp_path / "log").read_text())[1]
         seen = as_another_user("sh", "-c", f"cat /proc/{server.pid}/cmdline /proc/{server.pid}/environ; cat {home}/*; cat ~root/.local/share/jupyter/runtime/*; "
                                f"cat {tmp_path}/log")
-        assert "lmtrain" in seen and token not in seen
+        assert "lmtrain" in seen and token not in seen and token not in (tmp_path / "log").read_text()
         assert token in subprocess.run(["sh", "-c", f"cat {home}/*"], capture_output=True, text=True).stdout
         if "--voila" in words:
             assert "/login" in urlopen(f"{address}/", timeout=20).url and asked(f"{address}/api/kernels/{'0' * 8}-0000-0000-0000-{'0' * 12}/channels") == 403
