@@ -114,6 +114,7 @@ def made(app: Any, voila: bool, line: list[str], token: str) -> Any:
     else:
         server = app.initialize_server(argv=line)
         server.identity_provider.token = token
+        server.identity_provider.token_generated = False   # else the log has it, for whoever reads the log
     return server
 
 
