@@ -405,11 +405,12 @@ def test_another_user_finds_no_token(words, tmp_path):
     """Arguments, environment and files, as a second user of the machine sees them, hold no token, and the log holds none;
     without one the server gives no kernel. Control: the same search, as the owner, finds it, and with it there is one."""
     assert os.geteuid() == 0, "a second user can be tried by root only"
-    tmp_path.chmod(0o755)
-    server, address, token = opened(words, tmp_path)
+    for folder in [tmp_path, *tmp_path.parents][:3]: folder.chmod(0o755)
+    (tmp_path / "runtime").mkdir(mode=0o755)
+    server, address, token = opened(words, tmp_path, JUPYTER_RUNTIME_DIR=str(tmp_path / "runtime"))
     try:
         home = re.search(r"Open (\S+)/open.html", (tmp_path / "log").read_text())[1]
-        seen = as_another_user("sh", "-c", f"cat /proc/{server.pid}/cmdline /proc/{server.pid}/environ; cat {home}/*; cat ~root/.local/share/jupyter/runtime/*; "
+        seen = as_another_user("sh", "-c", f"cat /proc/{server.pid}/cmdline /proc/{server.pid}/environ; cat {home}/*; cat {tmp_path}/runtime/*; "
                                f"cat {tmp_path}/log")
         assert "lmtrain" in seen and token not in seen and token not in (tmp_path / "log").read_text()
         assert token in subprocess.run(["sh", "-c", f"cat {home}/*"], capture_output=True, text=True).stdout
