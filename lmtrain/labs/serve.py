@@ -115,6 +115,7 @@ def made(app: Any, voila: bool, line: list[str], token: str) -> Any:
         server = app.initialize_server(argv=line)
         server.identity_provider.token = token
         server.identity_provider.token_generated = False   # else the log has it, for whoever reads the log
+        server.no_browser_open_file = True                 # whose mode is the umask's
     return server
 
 
@@ -127,7 +128,7 @@ def arguments(folder: Path, name: str | None, voila: bool, port: int) -> list[st
     where = f"--LabApp.default_url=/lab/tree/{name}.ipynb" if name else "--LabApp.default_url=/lab"
     root = ["--allow-root"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []
     return [f"--ServerApp.root_dir={folder}", "--ServerApp.ip=127.0.0.1", *QUIET, where, f"--ServerApp.port={port}",
-            "--ServerApp.port_retries=0", "--ServerApp.answer_yes=True", "--ServerApp.no_browser_open_file=True", "--no-browser", *root]
+            "--ServerApp.port_retries=0", "--ServerApp.answer_yes=True", "--no-browser", *root]
 
 
 def free_port(port: int) -> int:
