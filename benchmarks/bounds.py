@@ -51,7 +51,7 @@ def main() -> None:
         done = subprocess.run([python, "-m", "pytest", "-p", "no:cacheprovider", *skip, *a.tests], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
         print(f"{name}: {'all passed' if not done.returncode else 'FAILED'}", flush=True)
         bad += bool(done.returncode)
-    print("\n| package | bound | " + " | ".join(table) + " |\n|---" * 1 + "|---" * (1 + len(table)) + "|")
+    print("\n| package | bound | " + " | ".join(table) + " |\n" + "|---" * (2 + len(table)) + "|")
     for i, (name, bound) in enumerate(low.items()): print(f"| {name} | {bound} | " + " | ".join(v[i] for v in table.values()) + " |")
     sys.exit(bad)
 

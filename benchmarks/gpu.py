@@ -8,7 +8,6 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch import nn
@@ -118,7 +117,7 @@ def main() -> None:
     a = p.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu" and not a.toy: raise SystemExit("no GPU here: --toy runs the same lines at the size of a toy")
-    top, compiled = peak(device), partial(dict, dynamic=False)() if device == "cuda" else {"backend": "eager"}
+    top, compiled = peak(device), {"dynamic": False} if device == "cuda" else {"backend": "eager"}
     print(f"{torch.cuda.get_device_name() if device == 'cuda' else 'CPU'}, torch {torch.__version__}, a product makes {top / 1e12:.2f} Tflop/s", flush=True)
     for name, (size, rows) in (TOY if a.toy else {n: SIZES[n] for n in a.sizes}).items():
         steps(name, size, rows, device, top, 2 if a.toy else a.times, None if a.no_compile else compiled)

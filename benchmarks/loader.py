@@ -15,8 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from pydoc_data.topics import topics
-from torch.utils.data import DataLoader
-from torch.utils.data import RandomSampler
+from torch.utils.data import DataLoader, RandomSampler
 from transformers import DataCollatorForLanguageModeling
 
 from lmtrain.batch import Example, Noise, collate

@@ -9,6 +9,7 @@ import io
 import os
 import sys
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -25,27 +26,30 @@ app.add_typer(data_app, name="data")
 _SCALED = "; by default that of the scale in settings.ini (LMTRAIN_SCALE)."
 
 
+def _completed(names: Iterable[str], begun: str) -> list[str]: return [n for n in names if n.startswith(begun)]
+
+
+# What the shell completes. Without pandas and torch, which would keep it waiting.
 def _corpora(begun: str) -> list[str]:
-    "The names of corpora that begin so, for the shell's completion: without pandas, which would keep it waiting."
     import json
     from .settings import data_file
-    names = ["python-docs", *(e["name"] for e in json.loads(data_file("catalogue.json").read_text(encoding="utf-8")))]
-    return [n for n in names if n.startswith(begun)]
+    known = json.loads(data_file("catalogue.json").read_text(encoding="utf-8"))
+    return _completed(["python-docs", *(e["name"] for e in known)], begun)
 
 
 def _labs(begun: str) -> list[str]:
     from .labs.serve import CLASSES
-    return [n for n in CLASSES if n.startswith(begun)]
+    return _completed(CLASSES, begun)
 
 
 def _scales(begun: str) -> list[str]:
     from .settings import scales
-    return [n for n in scales() if n.startswith(begun)]
+    return _completed(scales(), begun)
 
 
 def _experiments(begun: str) -> list[str]:
-    return [p.stem.replace("_", "-") for p in sorted(Path(__file__).parent.glob("experiments/[!_]*.py"))
-            if p.stem.replace("_", "-").startswith(begun)]
+    files = sorted(Path(__file__).parent.glob("experiments/[!_]*.py"))
+    return _completed([p.stem.replace("_", "-") for p in files], begun)
 
 
 def _version(wanted: bool) -> None:
@@ -223,7 +227,7 @@ def _quick_on_cpu() -> None:
     "Settings of a CPU process, before torch is loaded: a sixth of a step, and half of one on a busy machine."
     from .doctor import cores
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # a thread that waits gives its core to others soon
-    if cores() < (os.cpu_count() or 1): os.environ.setdefault("OMP_NUM_THREADS", str(cores()))  # as a container allows
+    if (n := cores()) < (os.cpu_count() or 1): os.environ.setdefault("OMP_NUM_THREADS", str(n))  # as a container allows
     if sys.platform == "linux":
         try: mallopt = ctypes.CDLL(None).mallopt
         except AttributeError: return  # another C library
@@ -250,10 +254,8 @@ def _explained(e: BaseException) -> str:
 
 def _at_home() -> None:
     "Where there is no home that may be used, libraries below get a place as well, instead of a folder called ~."
-    from .settings import private_dir, usable
-    try: at_home = usable(Path.home() / ".cache")
-    except RuntimeError: at_home = False
-    if at_home: return
+    from .settings import at_home, private_dir
+    if at_home(): return
     for name, folder in {"HF_HOME": "huggingface", "MPLCONFIGDIR": "matplotlib"}.items():
         if name not in os.environ: os.environ[name] = str(private_dir() / folder)
 

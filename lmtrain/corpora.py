@@ -6,10 +6,10 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['SUBJECTS', 'VERBS', 'OBJECTS', 'ENDINGS', 'PACKAGES', 'xz_bits', 'Numbers', 'shingles', 'sampled', 'components',
-           'near_duplicates', 'coin', 'held_out', 'little_language', 'halves', 'docstrings', 'harvest', 'digest_of',
-           'known_sum', 'cached', 'python_docs', 'catalogue', 'fetch', 'lines', 'read_wheel', 'from_catalogue', 'find',
-           'corpus', 'Api', 'public', 'signature', 'apis', 'Links', 'mentions', 'link_graph']
+__all__ = ['SUBJECTS', 'VERBS', 'OBJECTS', 'ENDINGS', 'PACKAGES', 'xz_bits', 'number_of', 'Numbers', 'shingles', 'sampled',
+           'components', 'near_duplicates', 'coin', 'held_out', 'little_language', 'halves', 'docstrings', 'harvest',
+           'digest_of', 'known_sum', 'cached', 'python_docs', 'catalogue', 'fetch', 'lines', 'read_wheel',
+           'from_catalogue', 'find', 'corpus', 'Api', 'public', 'signature', 'apis', 'Links', 'mentions', 'link_graph']
 
 # %% ../nbs/0_core/04_corpora.ipynb #imports-2
 import ast, errno, hashlib, importlib, importlib.util, inspect, json, lzma, re
@@ -45,6 +45,11 @@ def xz_bits(train: Iterable[str], validation: Iterable[str]) -> float:
     return 8 * (size(before + rest) - size(before)) / len(rest)
 
 # %% ../nbs/0_core/04_corpora.ipynb #near-duplicates
+def number_of(text: str) -> int:
+    "A number in [0, 2**64) that depends on the text alone."
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+
+
 class Numbers(dict[str, int]):
     "A number for each word, remembered for the last million of them."
     def __missing__(self, word: str) -> int:
@@ -73,7 +78,7 @@ def sampled(texts: Iterable[str], n: int, most: int) -> tuple[np.ndarray, np.nda
         runs = shingles(text, n, numbers)                                              # (runs,)
         runs = runs[runs % np.uint64(every) == 0] if every > 1 else runs
         kept.append((runs, np.full(len(runs), k, np.int32))); total += len(runs)
-        wholes.append(int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big"))
+        wholes.append(number_of(text))
         while total > most:
             every *= 2
             keys, docs = (np.concatenate(p) for p in zip(*kept, strict=True))          # (runs,) (runs,)
@@ -117,7 +122,7 @@ def near_duplicates(texts: Sequence[str], n: int = 13, most: int = 2**24) -> lis
 # %% ../nbs/0_core/04_corpora.ipynb #held-out
 def coin(text: str) -> float:
     "A number in [0,1) that depends on the text alone."
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") / 2**64
+    return number_of(text) / 2**64
 
 
 def held_out(texts: Sequence[str], share: float = 0.08) -> list[bool]:

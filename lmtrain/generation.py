@@ -23,7 +23,7 @@ from transformers import GenerationConfig, LogitsProcessor, PreTrainedTokenizerF
 # %% ../nbs/0_core/12_generate.ipynb #imports-4
 from .batch import Batch, Example, Noise, Trace, collate, to_float64
 from .model import LM, Cache, Layer, Transformer, evaluating, on, rotations
-from .pretrained import Pretrained
+from .pretrained import Pretrained, roomy
 
 # %% ../nbs/0_core/12_generate.ipynb #choose
 def check_knobs(temperature: float, top_p: float = 1.0) -> None:
@@ -34,7 +34,7 @@ def check_knobs(temperature: float, top_p: float = 1.0) -> None:
 
 def distribution(logits: Tensor, temperature: float = 1.0, top_p: float = 1.0) -> Tensor:
     "Probabilities to draw from: (B,V) float64. Holtzman et al. (2020)."
-    logits = to_float64(logits)                                                              # (B,V)
+    logits = to_float64(logits)                                                        # (B,V)
     if temperature == 0: return torch.zeros_like(logits).scatter_(1, logits.argmax(1, True), 1.0)
     p = (logits / temperature).softmax(1)                                              # (B,V)
     if top_p >= 1: return p
@@ -132,8 +132,7 @@ def check_prompts(model: LM, prompts: Sequence[Sequence[int]], max_new: int) -> 
     if any(isinstance(p, str) for p in prompts): raise ValueError("a prompt is a list of tokens: encode the text first")
     if max_new < 1: raise ValueError(f"max_new={max_new} must be 1 or more")
     if not prompts or not all(map(len, prompts)): raise ValueError("every prompt needs a token: begin with bos")
-    room = model.size.length if isinstance(model, Transformer) else model.room
-    if room is not None and (longest := max(map(len, prompts)) + max_new) > room:
+    if (longest := max(map(len, prompts)) + max_new) > (room := roomy(model)):
         raise ValueError(f"prompt and continuation have {longest} tokens, the model was made for {room}")
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 # %% auto #0
 __all__ = ['Inputs', 'position_table', 'embeddings', 'room', 'Given', 'Body', 'Head', 'Pretrained', 'close', 'in_float32',
-           'disobeys', 'some_rows', 'strays', 'disobedience', 'masks_itself', 'left_only', 'obeys_mask']
+           'disobeys', 'some_rows', 'strays', 'disobedience', 'masks_itself', 'left_only', 'obeys_mask', 'roomy']
 
 # %% ../nbs/0_core/06_pretrained.ipynb #imports-2
 import copy
@@ -234,3 +234,9 @@ def left_only(model: Pretrained) -> bool:
 def obeys_mask(model: LM) -> bool:
     "True for a model whose attention is the batch's. The native one is; others are checked."
     return isinstance(model, Transformer) or isinstance(model, Pretrained) and not disobeys(model)
+
+
+def roomy(model: LM) -> int:
+    "How many tokens a row of a model may have."
+    if isinstance(model, Transformer): return model.size.length
+    return (model.room if isinstance(model, Pretrained) else None) or 2**31

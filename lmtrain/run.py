@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['class_of', 'from_tokenizer', 'read', 'longer', 'opened', 'roomy', 'Job', 'model_of', 'continued', 'go_on', 'prepared',
-           'train', 'rehearse', 'finish']
+__all__ = ['class_of', 'from_tokenizer', 'read', 'longer', 'opened', 'Job', 'model_of', 'continued', 'go_on', 'prepared', 'train',
+           'rehearse', 'finish']
 
 # %% ../nbs/8_tour/02_run.ipynb #imports-2
 import ast
@@ -33,7 +33,7 @@ from .text import Rows, examples, load_tokenizer, regular_ids, train_bpe
 from .files import check_hub
 from .corpora import corpus
 from .model import LM, Size, Transformer, check_weights_finite, load, save
-from .pretrained import Pretrained
+from .pretrained import Pretrained, roomy
 from .objective import Objective
 from .optim import fitting_optimizer
 from .loader import Loader
@@ -114,12 +114,6 @@ def opened(path: str, length: int = 0) -> tuple[LM, PreTrainedTokenizerFast]:
     room = roomy(model)
     if length > room: raise ValueError(f"rows have {length} tokens, this model reads {room}: give --length {room}")
     return longer(model, len(tok)), tok
-
-
-def roomy(model: LM) -> int:
-    "How many tokens a row of a model may have."
-    if isinstance(model, Transformer): return model.size.length
-    return (model.room if isinstance(model, Pretrained) else None) or 2**31
 
 # %% ../nbs/8_tour/02_run.ipynb #job
 @dataclass

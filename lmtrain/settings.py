@@ -35,6 +35,13 @@ def private_dir() -> Path:
     return path
 
 
+def at_home(name: str = "") -> Path | None:
+    "`name` in ~/.cache, if there is a home and this user may write there."
+    try: path = Path.home() / ".cache" / name
+    except RuntimeError: return None
+    return path if usable(path) else None
+
+
 def cache_dir() -> Path:
     """Where downloads are kept: $LMTRAIN_CACHE, else $XDG_CACHE_HOME/lmtrain, else ~/.cache/lmtrain.
 
@@ -42,9 +49,7 @@ def cache_dir() -> Path:
     """
     if own := os.environ.get("LMTRAIN_CACHE"): return Path(own).expanduser()
     if base := os.environ.get("XDG_CACHE_HOME"): return Path(base) / "lmtrain"
-    try: path = Path.home() / ".cache" / "lmtrain"
-    except RuntimeError: return private_dir()
-    return path if usable(path) else private_dir()
+    return at_home("lmtrain") or private_dir()
 
 
 def check_readable(path: Path) -> None:
@@ -90,11 +95,16 @@ class Scale:
     seeds: int      # how many seeds an experiment takes
 
 
+def settings_ini() -> tuple[Path, ConfigParser]:
+    "The file settings.ini, and what is in it."
+    path, ini = data_file("settings.ini"), ConfigParser(interpolation=None)
+    ini.read(path, encoding="utf-8")
+    return path, ini
+
+
 def scales() -> list[str]:
     "The names of the scales in settings.ini."
-    ini = ConfigParser(interpolation=None)
-    ini.read(data_file("settings.ini"), encoding="utf-8")
-    return ini.sections()
+    return settings_ini()[1].sections()
 
 
 def scale(name: str | None = None) -> Scale:
@@ -102,10 +112,8 @@ def scale(name: str | None = None) -> Scale:
 
     Raises ValueError, naming the file, for an unknown name, a missing key, or a value that is not a number.
     """
-    path = data_file("settings.ini")
+    path, ini = settings_ini()
     name = name or os.environ.get("LMTRAIN_SCALE") or "laptop"
-    ini = ConfigParser(interpolation=None)
-    ini.read(path, encoding="utf-8")
     if name not in ini: raise ValueError(f"no scale {name!r} in {path}: choose one of {', '.join(ini.sections())}")
     values: dict[str, float] = {}
     for f in fields(Scale):

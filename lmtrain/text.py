@@ -12,7 +12,7 @@ __all__ = ['SPECIALS', 'ROLES', 'TEMPLATE', 'Ids', 'SMALL', 'pieces', 'train_bpe
            'content', 'chat']
 
 # %% ../nbs/0_core/02_text.ipynb #imports-2
-import hashlib, json, mmap, os, re, shutil, tempfile
+import hashlib, json, math, mmap, os, re, shutil, tempfile
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -324,7 +324,8 @@ def rows_in(home: Path, T: int, overlap: int, keep: bool) -> Rows:
             if not folder.exists(): rename(new, folder)
     def array_in(path: Path, kind: str, *shape: int) -> np.ndarray:
         if not keep: return np.fromfile(path, kind).reshape(-1, *shape)
-        return mapped((path, kind, (path.stat().st_size // np.dtype(kind).itemsize // max(1, *shape, 1), *shape)))
+        row = np.dtype(kind).itemsize * math.prod(shape)
+        return mapped((path, kind, (path.stat().st_size // row, *shape)))
     return Rows(array_in(home / "tokens", info["kind"]), array_in(folder / "cuts", "<i8", 3),
                 array_in(folder / "sizes", "<f8"), array_in(folder / "docs", "<i8"), info["lossy"])
 
