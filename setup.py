@@ -11,9 +11,9 @@ HERE = Path(__file__).parent
 
 
 def is_chapter(path: Path) -> bool:
-    "A notebook of the package: the index, the design, a numbered chapter or an experiment. A stray Untitled.ipynb is none."
+    "A notebook of the package: the index, the design, glossary and notation, a numbered chapter or an experiment. A stray Untitled.ipynb is none."
     place = path.relative_to(HERE / "nbs").as_posix()
-    return bool(re.fullmatch(r"(index|design|\d_\w+/\d\d_\w+|7_experiments/[a-z]\w*)\.ipynb", place))
+    return bool(re.fullmatch(r"(index|design|glossary|notation|\d_\w+/\d\d_\w+|7_experiments/[a-z]\w*)\.ipynb", place))
 
 
 def described(readme: str, home: str | None) -> str:

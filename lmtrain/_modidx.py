@@ -901,10 +901,12 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'lmtrain.views.compare': ('0_core/views.html#compare', 'lmtrain/views.py'),
                                'lmtrain.views.control': ('0_core/views.html#control', 'lmtrain/views.py'),
                                'lmtrain.views.explore': ('0_core/views.html#explore', 'lmtrain/views.py'),
+                               'lmtrain.views.label_ends': ('0_core/views.html#label_ends', 'lmtrain/views.py'),
                                'lmtrain.views.paint': ('0_core/views.html#paint', 'lmtrain/views.py'),
                                'lmtrain.views.paint_loss': ('0_core/views.html#paint_loss', 'lmtrain/views.py'),
                                'lmtrain.views.paint_sees': ('0_core/views.html#paint_sees', 'lmtrain/views.py'),
                                'lmtrain.views.paint_trace': ('0_core/views.html#paint_trace', 'lmtrain/views.py'),
                                'lmtrain.views.replay': ('0_core/views.html#replay', 'lmtrain/views.py'),
                                'lmtrain.views.shown': ('0_core/views.html#shown', 'lmtrain/views.py'),
-                               'lmtrain.views.span': ('0_core/views.html#span', 'lmtrain/views.py')}}}
+                               'lmtrain.views.span': ('0_core/views.html#span', 'lmtrain/views.py'),
+                               'lmtrain.views.style': ('0_core/views.html#style', 'lmtrain/views.py')}}}

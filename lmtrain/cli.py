@@ -1,4 +1,4 @@
-"The command line: `lmtrain tour`, `train`, `reproduce`, `lab`, `generate`, `evaluate`, `data`, `doctor`."
+"The command line: `lmtrain tour`, `train`, `reproduce`, `lab`, `course`, `generate`, `evaluate`, `data`, `doctor`."
 # Heavy imports wait inside the commands, so that `lmtrain --help` answers at once. Every error is one line that says
 # what is wrong and what to do; `--debug` adds the traceback.
 from __future__ import annotations
@@ -190,6 +190,15 @@ def lab(name: Annotated[Optional[str], typer.Argument(help="masking, noise or lo
     if html is None: return serve(name, Path(folder), voila, port, browser)
     if name is None: raise ValueError("name the lab that is to be written: lmtrain lab masking --html masking.html")
     print(f"written: {write_page(name, Path(html))}")
+
+
+@app.command()
+def course(student: Annotated[Optional[Path], typer.Option(help="Copy the chapters here, without solutions.")] = None,
+           teacher: Annotated[Optional[Path], typer.Option(help="Copy the chapters here, with solutions.")] = None,
+           clear: Annotated[bool, typer.Option("--clear", help="Drop all outputs from the student's copy.")] = False) -> None:
+    "Copy the chapters for a class: exercises for students, solutions for teachers."
+    from .course.copies import course as copies
+    print("\n".join(copies(student, teacher, clear)))
 
 
 @data_app.command("list")

@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['ROW', 'TOKEN', 'bytes_of', 'shown', 'Picture', 'span', 'block', 'paint', 'paint_loss', 'paint_sees', 'paint_trace',
-           'Replay', 'replay', 'asked_of', 'compare', 'control', 'Explore', 'explore', 'Watch']
+__all__ = ['ROW', 'TOKEN', 'PALETTE', 'bytes_of', 'shown', 'Picture', 'span', 'block', 'paint', 'paint_loss', 'paint_sees',
+           'paint_trace', 'Replay', 'replay', 'asked_of', 'compare', 'control', 'Explore', 'explore', 'Watch', 'style',
+           'label_ends']
 
 # %% ../nbs/0_core/14_views.ipynb #imports-2
 import math
@@ -15,9 +16,13 @@ import re
 from collections.abc import Sequence
 from dataclasses import Field, fields, is_dataclass, replace
 from html import escape
+from typing import cast
 
 # %% ../nbs/0_core/14_views.ipynb #imports-3
 import ipywidgets as w
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
@@ -247,3 +252,30 @@ class Watch(Callback):
         if get_ipython() is None or not trainer.accelerator.is_main_process: return
         if self.handle is None: self.handle = display.display(picture, display_id=True)
         else: self.handle.update(picture)
+
+# %% ../nbs/0_core/14_views.ipynb #style
+PALETTE = {"causal": "#0072B2", "masked": "#D55E00", "diffusion": "#009E73", "mixed": "#CC79A7", "baseline": "#666666"}
+
+
+def style() -> None:
+    "Set matplotlib's defaults for the rest of a notebook: 720 by 320 pixels, text of 10 and 11 points."
+    import matplotlib.pyplot as plt
+    plt.rcParams.update({
+        "figure.figsize": (7.2, 3.2), "figure.dpi": 100, "figure.constrained_layout.use": True, "font.size": 11,
+        "axes.titlesize": 11, "axes.labelsize": 11, "xtick.labelsize": 10, "ytick.labelsize": 10, "legend.fontsize": 10,
+        "axes.spines.top": False, "axes.spines.right": False,
+        "axes.prop_cycle": plt.cycler(color=list(PALETTE.values()))})
+
+
+def label_ends(ax: Axes) -> None:
+    "Write the name of each labelled line at its right end, in its colour; names that would overlap are moved apart."
+    cast(Figure, ax.figure).draw_without_rendering()                                   # or the scale is not known yet
+    named = [s for s in ax.get_lines() if not str(s.get_label()).startswith("_")]
+    ends = [(s, np.asarray(s.get_xydata(), float)[-1]) for s in named]
+    free, point = -math.inf, cast(Figure, ax.figure).dpi / 72
+    for s, end in sorted(ends, key=lambda e: e[1][1]):
+        y = ax.transData.transform(end)[1]
+        free = max(y, free)
+        ax.annotate(str(s.get_label()), tuple(end), (6, (free - y) / point), textcoords="offset points",
+                    color=s.get_color(), va="center", annotation_clip=False)
+        free += 13 * point

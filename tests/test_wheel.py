@@ -30,7 +30,7 @@ def missing(wheel: Path) -> set[str]:
     want = {p.relative_to(ROOT).as_posix() for p in (ROOT / "lmtrain").rglob("*") if p.suffix in (".py", ".pyi", ".typed", ".js", ".css", ".json")
             or p.name == "py.typed"}
     want |= {f"lmtrain/_data/{p.relative_to(ROOT).as_posix()}" for p in (ROOT / "nbs").rglob("[!.]*.ipynb")
-             if ".ipynb_checkpoints" not in p.parts}
+             if not {".ipynb_checkpoints", "9_solutions"} & {*p.parts}}
     want |= {f"lmtrain/_data/{p.name}" for p in [ROOT / "settings.ini", *(ROOT / "data").glob("*.json")]}
     return want - set(zipfile.ZipFile(wheel).namelist())
 

@@ -65,7 +65,8 @@ RECORD = ".lmtrain-copied.json"  # in a reader's folder: the sum of each noteboo
 def shipped() -> dict[str, str]:
     "The chapters, and a notebook for each lab: their text by their place in a reader's folder."
     source = notebooks()
-    books = [p for p in sorted(source.rglob("*.ipynb")) if ".ipynb_checkpoints" not in p.parts]
+    aside = {".ipynb_checkpoints", "9_solutions"}
+    books = [p for p in sorted(source.rglob("*.ipynb")) if not aside & {*p.parts}]
     return {**{p.relative_to(source).as_posix(): p.read_text(encoding="utf-8") for p in books},
             **{f"{name}.ipynb": notebook(name) for name in CLASSES}}
 

@@ -1,0 +1,102 @@
+"Typical wrong answers to each exercise, and a part of the diagnosis that each must meet."
+import math
+
+import torch
+import torch.nn.functional as F
+
+from lmtrain import CLM, Example, Objective, shift
+
+
+class Backwards(Objective):
+    "Right labels; attention stays as it was."
+    def corrupt(self, b, noise):
+        before = lambda c: F.pad(c[:, :-1], (1, 0))
+        return b.set(targets=before(b.clean), weights=((before(b.doc) == b.doc) & (b.doc > 0)).float())
+
+
+class First(Backwards):
+    "Each document's first token is in the loss."
+    def corrupt(self, b, noise):
+        return super().corrupt(b, noise).set(weights=(b.doc > 0).float(), order=-b.doc_pos)
+
+
+class Blind(Backwards):
+    "A position reads only itself."
+    def corrupt(self, b, noise):
+        T = b.ids.shape[1]
+        doc = torch.where(b.doc > 0, torch.arange(1, T + 1).expand_as(b.doc), 0)
+        return super().corrupt(b, noise).set(doc=doc)
+
+
+class ByRow(CLM):
+    "Divides by rows."
+    def count(self, b): return {"byrow": torch.tensor(len(b))}
+
+
+class OwnCount(CLM):
+    "Weights by document, and counts tokens all the same."
+    def corrupt(self, b, noise):
+        q = shift(b)
+        own = q.weights[:, :, None] * (b.doc[:, :, None] == b.doc[:, None, :])
+        return q.set(weights=q.weights / own.sum(1).clamp(min=1))
+
+
+def halves_of(P, ids): return -P[ids[1:], ids[:-1]].log().mean()
+
+
+def empty_rows(x, V):
+    n = torch.bincount((x[:-2] * V + x[1:-1]) * V + x[2:], minlength=V**3).view(V, V, V).float()
+    return n / n.sum(-1, keepdim=True).clamp(min=1)
+
+
+def nan_rows(x, V):
+    n = torch.bincount((x[:-2] * V + x[1:-1]) * V + x[2:], minlength=V**3).view(V, V, V).float()
+    return n / n.sum(-1, keepdim=True)
+
+
+def flat(x, V): return torch.full((V, V, V), 1 / V)
+
+
+def sees_last(model, ids):
+    changed = ids.clone()
+    changed[0, -1] = (changed[0, -1] + 1) % 11
+    return not torch.allclose(model(changed)[0, :-1], model(ids)[0, :-1])
+
+
+def sees_itself(model, ids):
+    for j in range(ids.shape[1]):
+        changed = ids.clone()
+        changed[0, j] = (changed[0, j] + 1) % 11
+        if not torch.allclose(model(changed)[0, :j + 1], model(ids)[0, :j + 1]): return True
+    return False
+
+
+WRONG = {
+    "start-1": [(math.log2(27), "in bits"), (27, "perplexity"), (-math.log(27), "the sign"), (1.0, "another number"), ("three", "one number")],
+    "start-2": [(lambda P, ids: P[ids[:-1], ids[1:]].log().mean(), "negative"), (lambda P, ids: -P[ids[:-1], ids[1:]].log().sum(), "sum over the pairs"),
+                (halves_of, "after the second"), (lambda P, ids: 1.0, "another number"), (lambda P, ids: P, "one number")],
+    "start-3": [(lambda loss: 2 ** loss, "which is for bits"), (lambda loss: loss, "the loss itself"), (lambda loss: 5.0, "another number")],
+    "start-4": [(lambda z, t: z.softmax(-1), "nothing changed"), (lambda z, t: (z * t).softmax(-1), "wrong way round"),
+                (lambda z, t: (z / t).softmax(-1), "division by zero"), (lambda z, t: z / max(t, 1e-9), "sum to 1"),
+                (lambda z, t: None, "return")],
+    "start-5": [(nan_rows, "divided by 0"), (empty_rows, "back off"), (flat, "not the share"), (lambda x, V: torch.zeros(V, V), "shape")],
+    "start-6": [(lambda m, ids: False, "misses the leak"), (lambda m, ids: True, "sees a leak"), (sees_last, "misses the leak"),
+                (sees_itself, "sees a leak"), (lambda m, ids: None, "True or False")],
+    "objective-1": [(math.log2(1000), "in bits"), (1000, "perplexity"), (0.5, "another number"), ([1, 2], "one number")],
+    "objective-2": [(shift, "every position"), (lambda b: (q := shift(b)).set(weights=q.weights * (torch.arange(b.ids.shape[1]) % 2 == 0)), "columns of the row"),
+                    (lambda b: shift(b).set(weights=(b.doc_pos % 2 == 0).float()), "without a label"),
+                    (lambda b: (q := shift(b)).set(weights=q.weights * (b.doc_pos % 2 == 1)), "positions 0, 2, 4"),
+                    (lambda b: b.ids, "must be a Batch"),
+                    (lambda b: (q := shift(b)).set(weights=q.weights * (b.doc_pos % 2 == 0), targets=b.clean), "labels changed")],
+    "objective-3": [(18, "padding too"), (15, "has no label"), (14, "one document"), (11, "another number")],
+    "objective-4": [(lambda p, r: Example(p + r), "prompt's own tokens"), (lambda p, r: Example(r), "the ids are"),
+                    (lambda p, r: Example(p + r, [False] * (len(p) + 1) + [True] * (len(r) - 1)), "labels in the loss"), (lambda p, r: p + r, "Example")],
+    "objective-5": [(lambda s, n: sum(a / b for a, b in zip(s, n, strict=True)) / len(s), "mean of the pieces"), (lambda s, n: sum(s), "not yet divided"),
+                    (lambda s, n: 1.0, "another number"), (lambda s, n: sum(a / b for a, b in zip(s, n, strict=True) if b) / sum(b > 0 for b in n), "mean of the pieces")],
+    "objective-6": [(CLM, "first token of a document"), (Backwards, "its own label"), (First, "first token of a document"), (Blind, "does not attend"), (3, "an objective is wanted")],
+    "objective-7": [(lambda z, y, eps: F.cross_entropy(z, y, reduction="none"), "plain cross-entropy"),
+                    (lambda z, y, eps: (1 - eps) * F.cross_entropy(z, y, reduction="none") - eps * z.log_softmax(-1).sum(-1), "all V of them"),
+                    (lambda z, y, eps: F.cross_entropy(z, y, label_smoothing=eps), "shape"),
+                    (lambda z, y, eps: F.cross_entropy(z, y, reduction="none") + eps, "differ from PyTorch's")],
+    "objective-8": [(CLM, "mean over all tokens"), (OwnCount, "number of documents"), (ByRow, "documents' own means"), (7, "an objective is wanted")],
+}
