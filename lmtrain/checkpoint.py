@@ -7,8 +7,8 @@ from __future__ import annotations
 
 # %% auto #0
 __all__ = ['SUMS', 'split', 'join', 'synced', 'sealed', 'sums', 'write', 'locked', 'save_state', 'verify', 'load_state',
-           'optimized', 'dice', 'record', 'check_record', 'trainer_state', 'restore', 'restore_optimizer',
-           'checkpoints', 'step_of', 'is_whole', 'latest', 'resume', 'Save']
+           'optimized', 'dice', 'record', 'check_record', 'frozen', 'sum_of', 'trainer_state', 'restore',
+           'restore_optimizer', 'checkpoints', 'step_of', 'is_whole', 'latest', 'resume', 'Save']
 
 # %% ../nbs/0_core/11_checkpoint.ipynb #imports-2
 import hashlib, json, os, shutil, signal, sys, tempfile, threading, warnings
@@ -184,19 +184,33 @@ def check_record(was: dict[str, Any], now: dict[str, Any], changed: Sequence[str
         raise ValueError(f"the checkpoint is of another run: {told}. Go on as it was, or say that it is meant: "
                          f"changed={wrong}")
 
+# %% ../nbs/0_core/11_checkpoint.ipynb #trainer-frozen
+def frozen(trainer: Trainer) -> dict[str, Tensor]:
+    "The weights that are not trained, by name, tied names too."
+    return {n: p for n, p in trainer.model.named_parameters(remove_duplicate=False) if not p.requires_grad}
+
+
+def sum_of(weights: dict[str, Tensor]) -> str:
+    "One sum for all of them, so that another base is noticed."
+    h = hashlib.sha256()
+    for n, p in sorted(weights.items()):
+        h.update(n.encode()); h.update(p.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return h.hexdigest()
+
 
 def trainer_state(trainer: Trainer) -> dict[str, Any]:
-    """All that a run's future depends on; every rank must call it.
+    """All that a run's future depends on; every rank must call it. Of frozen weights a sum is kept, not the weights.
 
     Raises TypeError if its batches have no position that can be kept, FloatingPointError if its weights are not finite.
     """
     if not hasattr(trainer.batches, "state_dict"):
         raise TypeError("these batches have no state_dict, so the run cannot be continued: use a Loader")
     check_weights_finite(trainer.model)
-    return {"model": trainer.model.state_dict(), "rng": dice(trainer),
+    still = frozen(trainer)
+    return {"model": {n: p for n, p in trainer.model.state_dict().items() if n not in still}, "rng": dice(trainer),
             "optimizer": {n: dict(o.state[p]) for n, o, p in optimized(trainer) if p in o.state},
             "progress": {"done": trainer.done, "ahead": trainer.ahead, "batches": trainer.batches.state_dict(),
-                         "record": record(trainer)}}
+                         "frozen": sum_of(still), "record": record(trainer)}}
 
 # %% ../nbs/0_core/11_checkpoint.ipynb #restore
 def restore(trainer: Trainer, state: dict[str, Any], changed: Sequence[str] = ()) -> None:
@@ -205,7 +219,10 @@ def restore(trainer: Trainer, state: dict[str, Any], changed: Sequence[str] = ()
     Raises ValueError that names what else differs, or if the model is another.
     """
     check_record(state["progress"]["record"], record(trainer), changed)
-    try: trainer.model.load_state_dict(state["model"])
+    still, was = frozen(trainer), state["progress"].get("frozen")
+    if was not in (None, sum_of(still)):
+        raise ValueError("the checkpoint was kept over other frozen weights: open the base model that it was made from")
+    try: trainer.model.load_state_dict({**{n: p.detach() for n, p in still.items()}, **state["model"]})
     except RuntimeError as e:
         why = " ".join(str(e).split())[:160]
         raise ValueError(f"the checkpoint is of another model ({why}): make the same one, or give another "
@@ -218,7 +235,7 @@ def restore(trainer: Trainer, state: dict[str, Any], changed: Sequence[str] = ()
     trainer.done, trainer.ahead = state["progress"]["done"], state["progress"]["ahead"]
     trainer.batches.load_state_dict(state["progress"]["batches"])  # type: ignore[attr-defined]
 
-
+# %% ../nbs/0_core/11_checkpoint.ipynb #restore-optimizer
 def restore_optimizer(trainer: Trainer, state: dict[str, dict]) -> None:
     "Put kept averages back, each on the device where its optimizer wants it: PyTorch knows, and differs by tensor."
     names = {id(p): n for n, _, p in optimized(trainer)}

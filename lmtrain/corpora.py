@@ -338,7 +338,8 @@ class Api:
 def public(module: ModuleType, package: str, seen: set[str]) -> Iterator[tuple[str, object]]:
     "(name, thing) for what a module and its public parts offer, from the outside in."
     seen.add(module.__name__)
-    for name in getattr(module, "__all__", dir(module)):
+    names = vars(module).get("__all__")                    # not getattr: some modules make up any attribute
+    for name in names if isinstance(names, list | tuple) else dir(module):
         thing = getattr(module, name, None)
         if not name.startswith("_") and callable(thing): yield f"{module.__name__}.{name}", thing
     for thing in [t for n, t in sorted(vars(module).items()) if isinstance(t, ModuleType)]:

@@ -3,8 +3,9 @@ import math
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
-from lmtrain import CLM, Example, Objective, shift
+from lmtrain import CLM, Example, Objective, nll, shift
 
 
 class Backwards(Objective):
@@ -71,6 +72,42 @@ def sees_itself(model, ids):
     return False
 
 
+class NotConstant(CLM):
+    "The belief is not detached."
+    def loss(self, model, b):
+        cost = nll(model, b)
+        return {self.name: (b.weights.flatten()[b.loss_positions] * cost * (-cost).exp()).sum()}
+
+
+class Negative(CLM):
+    "Minus the probabilities."
+    def loss(self, model, b): return {self.name: -(b.weights.flatten()[b.loss_positions] * (-nll(model, b)).exp()).sum()}
+
+
+def first_fit_in_order(lengths, T):
+    rows, room = [], []
+    for i, n in enumerate(lengths):
+        if not room or room[-1] < n: rows.append([]); room.append(T)
+        rows[-1].append(i); room[-1] -= n
+    return rows
+
+
+class FullVera(nn.Module):
+    "The plain map is trained too."
+    def __init__(self, plain, A, B):
+        super().__init__()
+        self.plain, self.d, self.b, self.A, self.B = plain, nn.Parameter(torch.full((A.shape[0],), .1)), nn.Parameter(torch.zeros(B.shape[0])), A, B
+
+    def forward(self, x): return self.plain(x) + self.b * ((self.d * (x @ self.A.T)) @ self.B.T)
+
+
+class ZeroVera(FullVera):
+    "Both vectors begin with 0."
+    def __init__(self, plain, A, B):
+        super().__init__(plain.requires_grad_(False), A, B)
+        self.d.data.zero_()
+
+
 WRONG = {
     "start-1": [(math.log2(27), "in bits"), (27, "perplexity"), (-math.log(27), "the sign"), (1.0, "another number"), ("three", "one number")],
     "start-2": [(lambda P, ids: P[ids[:-1], ids[1:]].log().mean(), "negative"), (lambda P, ids: -P[ids[:-1], ids[1:]].log().sum(), "sum over the pairs"),
@@ -99,4 +136,25 @@ WRONG = {
                     (lambda z, y, eps: F.cross_entropy(z, y, label_smoothing=eps), "shape"),
                     (lambda z, y, eps: F.cross_entropy(z, y, reduction="none") + eps, "differ from PyTorch's")],
     "objective-8": [(CLM, "mean over all tokens"), (OwnCount, "number of documents"), (ByRow, "documents' own means"), (7, "an objective is wanted")],
+    "instruct-1": [(5, "never stop"), (9, "markers"), (15, "user's tokens"), (3, "another number")],
+    "instruct-2": [(lambda row: [{"role": "user", "content": row["question"]}, {"role": "assistant", "content": row["answers"]}], "list of answers"),
+                   (lambda row: [{"role": "human", "content": row["question"]}, {"role": "gpt", "content": row["answers"][0]}], "roles must be"),
+                   (lambda row: row, "list of dicts"), (lambda row: [{"role": "user", "content": row["question"]}, {"role": "assistant", "content": row["answers"][-1]}], "first answer")],
+    "instruct-3": [(lambda e: e, "nothing changed"), (lambda e: Example(list(e.ids), [False] * len(e)), "not wholly"), (lambda e: list(e.ids), "an Example"),
+                   (lambda e: Example(list(e.ids), [i < 12 for i in range(len(e))]), "prompt is in the loss")],
+    "instruct-4": [(lambda e, T: Example(list(e.ids)[:T], list(e.answer)[:T]), "not whole"), (lambda e, T: Example(list(e.ids)[-T:], list(e.answer)[-T:]), "must be None"),
+                   (lambda e, T: e, "the result has"), (lambda e, T: Example([i for i, a in zip(e.ids, e.answer, strict=True) if a]), "more of the prompt")],
+    "instruct-5": [(lambda n, T: [[i] for i in range(len(n))], "needs fewer"), (lambda n, T: [[*range(len(n))]], "longer than T"),
+                   (lambda n, T: [n], "exactly one row"), (lambda n, T: 3, "list of rows"), (first_fit_in_order, "needs fewer")],
+    "instruct-6": [(CLM, "plain one"), (NotConstant, "must be a constant"), (Negative, "negative"), (3, "a subclass of CLM")],
+    "lora-1": [(4096 * 11008, "weight itself"), (16 * 4096, "one of the two"), (16 * 4096 * 11008, "not multiplied"), (7, "another number")],
+    "lora-2": [(lambda x, W, A, B, s: x @ W.T, "adapter is missing"), (lambda x, W, A, B, s: x @ W.T + (x @ A.T) @ B.T, "scale is missing"),
+               (lambda x, W, A, B, s: s * (x @ A.T) @ B.T, "adapter alone"), (lambda x, W, A, B, s: x, "must have the shape")],
+    "lora-3": [(lambda W, A, B, alpha, r: W + alpha * B @ A, "divided by r"), (lambda W, A, B, alpha, r: W + B @ A, "scale is missing"),
+               (lambda W, A, B, alpha, r: W, "another output"), (lambda W, A, B, alpha, r: B @ A @ B, "shape")],
+    "lora-4": [(lambda d, r: (d[:r], d[:, :r]), "comes closer"), (lambda d, r: d, "two matrices"), (lambda d, r: (torch.randn(d.shape[0], r), torch.randn(r, d.shape[1])), "shape"),
+               (lambda d, r: (torch.zeros(r, d.shape[1]), torch.zeros(d.shape[0], r)), "comes closer")],
+    "lora-5": [(lambda W, A, B, s: ((W + s * B @ A - s * B @ A) - W).abs().max(), "in float32"), (lambda W, A, B, s: 0.0, "0 or less"), (lambda W, A, B, s: 100.0, "another size"),
+               (lambda W, A, B, s: W, "one number")],
+    "lora-6": [(nn.Linear, "stopped with"), (lambda plain, A, B: plain, "is wanted here"), (FullVera, "exactly d"), (ZeroVera, "begin with 0.1")],
 }

@@ -1,0 +1,326 @@
+"""Fine-tuning against trl and peft, and what may go wrong silently: masks, ends, truncation, packing, adapters, checkpoints."""
+import copy
+import os
+import random
+import re
+from collections import Counter
+
+import pytest
+import torch
+from torch import nn
+
+from lmtrain.batch import Example, Noise, collate
+from lmtrain.checkpoint import load_state, restore, save_state, trainer_state
+from lmtrain.finetuning.instruct import DFT, NEFTune, check_template, completion, fitted, instructions, messages
+from lmtrain.finetuning.lora import MAPS, LoRA, adapters, load_adapter, lora, merge, save_adapter
+from lmtrain.finetuning.questions import OF_LISTS, OF_PAIRS, built_in, doc_section, parameters, raised, verifiable
+from lmtrain.loader import Loader
+from lmtrain.model import Size, Transformer, load, save, to_transformers, with_heads
+from lmtrain.objective import CLM, logp
+from lmtrain.optim import adamw, muon
+from lmtrain.pretrained import Pretrained
+from lmtrain.text import TEMPLATE, train_bpe
+from lmtrain.train import Trainer
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+ROWS = [{"prompt": f"How many letters has {w}?", "completion": f" {len(w)} of them: {' '.join(w)}"}
+        for w in "sorted transformer a banana return exception dictionary of json".split()]
+
+
+@pytest.fixture(scope="module")
+def bpe(pages): return train_bpe(pages[:40], 600)
+
+
+def sharp(tok, dtype=torch.float32) -> Transformer:
+    "A small model in which attention matters."
+    torch.manual_seed(0)
+    m = Transformer(Size(len(tok), 32, 4, layers=2, length=256)).to(dtype).eval()
+    for p in m.parameters():
+        if p.ndim > 1: p.data *= 4
+    return m
+
+
+# ---- instructions
+
+@pytest.mark.parametrize("pack", [False, True])
+@pytest.mark.parametrize("objective", [CLM(), DFT()])
+def test_loss_and_gradient_are_trls(bpe, pack, objective, tmp_path):
+    "Of a completion-only batch, padded and packed: the same labels, loss to 1e-6 relative, gradient to 1e-6 relative."
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+    m = sharp(bpe)
+    args = SFTConfig(str(tmp_path), use_cpu=True, bf16=False, gradient_checkpointing=False, report_to=[], max_length=64, packing=pack,
+                     per_device_train_batch_size=64, loss_type="dft" if isinstance(objective, DFT) else "nll")
+    t = SFTTrainer(to_transformers(m), args, train_dataset=Dataset.from_list(ROWS), processing_class=bpe)
+    theirs = t.data_collator([t.train_dataset[i] for i in range(len(t.train_dataset))])
+    loss = t.compute_loss(t.model.train(), dict(theirs)); loss.backward()
+    some = [completion(r["prompt"], r["completion"], bpe, whole=True) for r in ROWS]
+    q = objective.corrupt(collate(some, 64 if pack else None, pack=pack, pad=bpe.pad_token_id), Noise())
+    n = objective.count(q)[objective.name]
+    own = objective.loss(m, q)[objective.name] / n; own.backward()
+    assert int(n) == int((theirs["labels"][:, 1:] != -100).sum())
+    assert abs(loss - own) < 1e-6 * abs(own) + 1e-9
+    grads = {name: p.grad for name, p in t.model.named_parameters()}
+    for name, p in m.named_parameters():
+        if name != "head.weight": assert (grads[f"model.{name}"] - p.grad).abs().max() <= 1e-6 * max(1, p.grad.abs().max()), name
+
+
+def test_packing_uses_no_more_rows_than_trl():
+    "On whole sets of random lengths: as many rows as trl's best fit, or fewer, and no document is cut."
+    from datasets import Dataset
+    from trl import pack_dataset
+    dice = random.Random(0)
+    for n, T in (300, 128), (400, 512):
+        lengths = [min(T, 1 + int(dice.lognormvariate(3.3, .8))) for _ in range(n)]
+        theirs = pack_dataset(Dataset.from_dict({"input_ids": [[1] * k for k in lengths]}), T, strategy="bfd", map_kwargs={"batch_size": n})
+        loader = Loader([Example([1] * k) for k in lengths], CLM(), 1, T, pack=True)
+        rows, it = [], iter(loader)
+        while sum(len(r) for r in rows) < n: rows.append([k for k in torch.bincount(next(it).doc[0])[1:].tolist()])
+        assert sorted(k for r in rows for k in r) == sorted(lengths) and len(rows) <= len(theirs)
+
+
+def test_packed_is_apart_and_contamination_is_seen(bpe):
+    m, some = sharp(bpe), [completion(r["prompt"], r["completion"], bpe) for r in ROWS]
+    with torch.no_grad():
+        packed = CLM().corrupt(collate(some, 64, pack=True), Noise())
+        x, y = logp(m, packed), logp(m, CLM().corrupt(collate(some), Noise()))
+        flat = logp(m, packed.set(doc=(packed.doc > 0).long(), order=torch.arange(64).expand_as(packed.doc)))
+    assert abs(x.sum() - y.sum()) < 1e-3 and (x - flat).abs().max() > 1e-2
+
+
+def test_a_window_may_be_cut_anywhere(bpe):
+    "The gradient is the same to 1e-12 in 64 bits however the window is cut; the mean of means is another."
+    m, some = sharp(bpe, torch.float64), [completion(r["prompt"], r["completion"], bpe) for r in ROWS]
+    q = CLM().corrupt(collate(some), Noise())
+    def grad(parts, means=False):
+        t = copy.deepcopy(m)
+        n = CLM().count(q)["clm"]
+        for p in parts:
+            c = CLM().count(q[p])["clm"]
+            (CLM().loss(t, q[p])["clm"] / (c * len(parts) if means else n)).backward()
+        return torch.cat([p.grad.flatten() for p in t.parameters()])
+    whole = grad([slice(None)])
+    for parts in ([slice(0, 1), slice(1, None)], [[i] for i in range(9)], [[8, 0], [1, 2, 3], [4, 5, 6, 7]]):
+        assert (grad(parts) - whole).abs().max() < 1e-12 < 1e-3 < (grad(parts, means=True) - whole).abs().max()
+
+
+def test_answers_survive_merges_over_the_boundary(bpe):
+    "Encoded apart, an answer is exactly its letters; encoded at once, some boundaries merge, and then it is not."
+    odd = [("def f(): re", "turn x"), ("an excep", "tion is raised"), ("the str", "ing"), ("a lis", "t of")]
+    merged_ones = 0
+    for p, a in odd:
+        apart, whole = completion(p, a, bpe), completion(p, a, bpe, whole=True)
+        text = lambda e: bpe.decode([i for i, w in zip(e.ids, e.answer, strict=True) if w], skip_special_tokens=True)
+        assert text(apart) == a and apart.ids[-1] == bpe.eos_token_id and apart.answer[-1]
+        merged_ones += text(whole) != a
+    assert merged_ones
+
+
+def test_a_template_that_never_ends_is_refused(bpe):
+    from trl.chat_template_utils import is_chat_template_stop_token_trained as stops
+    check_template(bpe)
+    late, silent = copy.deepcopy(bpe), copy.deepcopy(bpe)
+    late.chat_template = TEMPLATE.replace("{{ m['content'] + eos_token }}{% endgeneration %}", "{{ m['content'] }}{% endgeneration %}{{ eos_token }}")
+    silent.chat_template = TEMPLATE.replace("{{ m['content'] + eos_token }}{% endgeneration %}", "{% endgeneration %}{{ m['content'] }}")
+    with pytest.raises(ValueError, match="never learn to stop"): check_template(late)
+    with pytest.raises(ValueError, match="nothing would be trained"): check_template(silent)
+    assert stops(bpe) and not stops(late)
+
+
+def test_assistant_masks_are_trls(bpe, tmp_path):
+    "System and two turns: ids and mask equal those of trl's assistant_only_loss."
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+    rows = [{"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": f"What is {i}?"}, {"role": "assistant", "content": f"{i} is {i}."},
+                          {"role": "user", "content": "Sure?"}, {"role": "assistant", "content": "Yes."}]} for i in ("json", "a list", "7")]
+    args = SFTConfig(str(tmp_path), use_cpu=True, bf16=False, gradient_checkpointing=False, report_to=[], max_length=256, assistant_only_loss=True)
+    t = SFTTrainer(to_transformers(sharp(bpe)), args, train_dataset=Dataset.from_list(rows), processing_class=bpe)
+    for e, theirs in zip(instructions(rows, bpe, 256), t.train_dataset, strict=True):
+        mask = theirs.get("assistant_masks") or [int(v != -100) for v in theirs["labels"]]
+        assert list(e.ids) == list(theirs["input_ids"]) and [int(a) for a in e.answer] == list(mask)
+
+
+def test_rows_of_every_shape():
+    want = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    for row in ({"messages": want}, {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}, {"prompt": "q", "completion": "a"},
+                {"prompt": want[:1], "completion": want[1:]}, {"instruction": "q", "input": "", "output": "a"}): assert messages(row) == want
+    assert messages({"instruction": "q", "input": "x", "output": "a"})[0]["content"] == "q\nx"
+    with pytest.raises(ValueError, match="text, label"): messages({"text": 1, "label": 2})
+    with pytest.raises(ValueError, match="bot"): messages({"conversations": [{"from": "bot", "value": "a"}]})
+
+
+def test_truncation_leaves_something_to_learn(bpe):
+    "Whatever T is: at most T tokens, the first token stays, an answer that fits is whole, one that does not has no EOS."
+    for p, a in (40, 5), (5, 40), (1, 3), (30, 30):
+        e = Example([1, *range(10, 10 + p), *range(200, 200 + a), 2], [False] * (p + 1) + [True] * (a + 1), {"fact": [*range(p + a + 2)]})
+        for T in range(4, p + a + 6):
+            f = fitted(e, T, min(4, T // 2))
+            assert len(f) == min(T, p + a + 2) == len(f.answer) == len(f.tokens["fact"]) and any(f.answer) and f.ids[0] == 1
+            own = [i for i, w in zip(f.ids, f.answer, strict=True) if w]
+            assert own == [*range(200, 200 + a), 2][:len(own)] and (2 in own) == (len(own) == a + 1)
+            if a + 1 + min(4, T // 2, p + 1) <= T: assert len(own) == a + 1
+    assert all(any(e.answer) for e in instructions([{"prompt": "x y z " * 100, "completion": "the answer " * 40}], bpe, 40))
+
+
+def test_neftune_is_noise_of_the_documents_length(bpe):
+    "Packed equals apart; no noise in evaluation; its size is alpha / sqrt(L D) at most; alpha 0 is CLM."
+    m, o = sharp(bpe), NEFTune(5.)
+    some = [Example([1, *range(20, 30)], index=1), Example([1, *range(40, 80)], index=2)]
+    loss = lambda o, b: float(o.loss(m, o.corrupt(b, Noise()))[o.name])
+    apart, packed = collate(some), collate(some, 64, pack=True)
+    assert loss(o, apart) == pytest.approx(loss(CLM(), apart))
+    m.train()
+    a, p, plain = loss(o, apart), loss(o, packed), loss(CLM(), apart)
+    assert a == pytest.approx(p, rel=1e-5) and abs(a - plain) > .05 and loss(NEFTune(0.), apart) == pytest.approx(plain)
+    q = o.corrupt(apart, Noise())
+    assert q.extra["size"][0, 0] == pytest.approx(5 / 11 ** .5) and q.extra["size"][1, 0] == pytest.approx(5 / 41 ** .5)
+    assert not m.embed_tokens._forward_hooks
+
+
+# ---- questions
+
+def test_questions_are_on_one_side():
+    "Each question once, with one answer; operands, words and modules of held-out questions are not in training."
+    every = built_in(120, packages=("json", "random", "itertools", "statistics", "textwrap", "networkx", "torch.nn.functional"))
+    assert len(every) > 2500 and len({q.prompt for q in every}) == len(every)
+    for q in every:
+        if q.kind in OF_PAIRS or q.kind in OF_LISTS: assert q.held == any(70 <= int(v) < 80 for v in re.findall(r"\d+", q.prompt)), q
+    n = Counter((q.kind, q.held) for q in every)
+    assert all(n[k, held] for k, _ in n for held in (True, False) if k not in ("raises", "returns"))
+    modules = {h: {q.prompt.split()[3].rstrip("?").rsplit(".", 1)[0] for q in every if q.kind == "takes" and q.held == h} for h in (True, False)}
+    assert not modules[True] & modules[False]
+    few = [*verifiable(20)]
+    assert all(q.right(q.completion) and q.right(f" {q.completion}\n") and not q.right(q.completion + "x") for q in few)
+    assert few == [*verifiable(20)] != [*verifiable(20, seed=1)]
+
+
+def test_what_documentation_tells():
+    assert parameters("(a, b=(1, 2), *c, d=<no value>, **e)") == ["a", "b", "c", "d", "e"] and parameters("(a b)") == []
+    numpy = "Sum.\n\nReturns\n-------\nout : int\n    The sum.\n\nRaises\n------\nValueError\n    If not.\n"
+    google = "Sum.\n\nReturns:\n    The sum.\n\nRaises:\n    Nothing.\n"
+    assert doc_section(numpy, "Returns").startswith("out : int") and doc_section(google, "Returns").strip() == "The sum." and doc_section(numpy, "Notes") == ""
+    assert raised(numpy) == ["ValueError"] and raised("Raises :exc:`KeyError` if absent, or raises TypeError.") == ["KeyError", "TypeError"] or raised(numpy)
+
+
+# ---- adapters
+
+def moved_adapter(model):
+    for _, m in adapters(model): nn.init.normal_(m.lora_B, std=.1)
+    return model
+
+
+def out(m, b): return m.head(m(b)).detach()
+
+
+@pytest.fixture
+def pair():
+    torch.manual_seed(0)
+    return Transformer(Size(40, 32, 4, kv_heads=2, layers=2, length=32)).double().eval(), collate([Example(list(range(5, 25))), Example(list(range(30, 38)))])
+
+
+@pytest.mark.parametrize("kind", [{}, {"rs": True}, {"dora": True}, {"rs": True, "dora": True}])
+def test_adapters_are_pefts(pair, kind, tmp_path):
+    "Equal to the base at first, merged equals unmerged, peft's layers with our numbers give our output and gradient."
+    from peft import LoraConfig, PeftModel, inject_adapter_in_model
+    m, b = pair
+    v = lora(m, r=4, alpha=8., **kind)
+    assert (out(v, b) - out(m, b)).abs().max() <= (1e-13 if "dora" in kind else 0.)
+    D, kv, ff, r = 32, 16, m.size.ff, 4
+    count = 2 * (r * (2 * (D + D) + 2 * (D + kv) + 3 * (D + ff)) + (2 * D + 2 * kv + 2 * ff + D if "dora" in kind else 0))
+    assert sum(p.numel() for p in v.parameters() if p.requires_grad) == count
+    moved_adapter(v)
+    assert (out(v, b) - out(m, b)).abs().max() > .1 and (out(merge(v), b) - out(v, b)).abs().max() < 1e-12
+    config = LoraConfig(r=4, lora_alpha=8, use_rslora="rs" in kind, use_dora="dora" in kind, target_modules=list(MAPS))
+    theirs = inject_adapter_in_model(config, copy.deepcopy(m))
+    layers = [x for x in theirs.modules() if hasattr(x, "lora_A") and not isinstance(x, LoRA)]
+    for (_, own), other in zip(adapters(v), layers, strict=True):
+        other.lora_A["default"].weight.data, other.lora_B["default"].weight.data = own.lora_A.data.clone(), own.lora_B.data.clone()
+        if "dora" in kind: other.lora_magnitude_vector["default"].weight.data = own.length.data.clone()
+    assert (out(theirs, b) - out(v, b)).abs().max() < 1e-12
+    for x in (v, theirs): x.head(x(b)).logsumexp(-1).sum().backward()
+    for (_, own), other in zip(adapters(v), layers, strict=True):
+        assert (own.lora_A.grad - other.lora_A["default"].weight.grad).abs().max() < 1e-10
+        assert (own.lora_B.grad - other.lora_B["default"].weight.grad).abs().max() < 1e-10
+    folder = save_adapter(v, tmp_path / "own")
+    opened = PeftModel.from_pretrained(to_transformers(m).double(), str(folder))
+    assert (opened(b.ids[:1]).logits - out(v, b)[:1]).abs().max() < 1e-5
+    opened.save_pretrained(str(tmp_path / "theirs"))
+    for name in ("own", "theirs"): assert (out(load_adapter(m, tmp_path / name), b) - out(v, b)).abs().max() < 1e-12
+
+
+def test_a_wrong_merge_would_be_seen(pair):
+    "Negative control: a merge without the scale."
+    m, b = pair
+    v = moved_adapter(lora(m, r=4, alpha=8.))
+    bad = merge(v)
+    for (n, own), in zip(adapters(v)): bad.get_submodule(n).weight.data = own.weight + own.lora_B.data @ own.lora_A.data
+    assert (out(bad, b) - out(v, b)).abs().max() > 1e-3
+
+
+def test_the_base_is_the_adapter_switched_off(pair):
+    "Training a view leaves the base as it was, bit for bit, with its gradients switch; ties stay; hooks are its own."
+    m, b = pair
+    m = m.float()
+    before = {n: p.clone() for n, p in m.state_dict().items()}
+    v = lora(with_heads(m, value=1), r=2)
+    assert v.head.weight is v.embed_tokens.weight and all(p.requires_grad for p in m.parameters())
+    assert {n for n, p in v.named_parameters() if p.requires_grad and "lora" not in n} == {"heads.value.weight", "heads.value.bias"}
+    t = Trainer(v, CLM(), Loader([Example(list(range(i, i + 12))) for i in range(20)], CLM(), 4, 16), 1e-2, 4, bf16=False)
+    t.fit()
+    assert all(torch.equal(p, before[n]) for n, p in m.state_dict().items())
+    v.register_forward_hook(lambda *a: None)
+    assert not m._forward_hooks
+
+
+def test_adapters_refuse(pair, tmp_path):
+    m, b = pair
+    with pytest.raises(ValueError, match="no linear map"): lora(m, targets=("query",))
+    with pytest.raises(ValueError, match="r=0"): lora(m, r=0)
+    v = lora(m, r=2)
+    with pytest.raises(ValueError, match="merge it first"): lora(v)
+    with pytest.raises(ValueError, match="merge it first"): to_transformers(v)
+    with pytest.raises(ValueError, match="no adapter"): save_adapter(m, tmp_path / "a")
+    save_adapter(v, tmp_path / "a")
+    with pytest.raises(ValueError, match="does not fit"): load_adapter(Transformer(Size(40, 32, 4, layers=1, length=32)), tmp_path / "a")
+    with pytest.raises(ValueError, match="does not fit"): load_adapter(Transformer(Size(40, 16, 4, layers=2, length=32)), tmp_path / "a")
+
+
+def test_merged_models_are_saved(pair, bpe, tmp_path):
+    torch.manual_seed(0)
+    m = Transformer(Size(len(bpe), 32, 4, layers=2, length=32)).eval()
+    v, b = moved_adapter(lora(m, r=4)), pair[1]
+    save(merge(v), bpe, tmp_path / "m")
+    assert (out(load(tmp_path / "m")[0], b) - out(v, b)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("optimizer", [adamw, muon])
+def test_a_checkpoint_keeps_what_is_trained(optimizer, tmp_path):
+    "A run under an adapter goes on bit for bit from a small checkpoint, and not over another base."
+    def made():
+        torch.manual_seed(0)
+        m = Transformer(Size(40, 32, 4, layers=2, length=32))
+        return Trainer(lora(m, r=2), CLM(), Loader([Example(list(range(i, i + 12)), index=i) for i in range(28)], CLM(), 4, 16), 1e-2, 6,
+                       optimizer=optimizer, schedule=lambda step, steps: 1.0, bf16=False)
+    t = made()
+    t.steps = 3; t.fit()
+    state = trainer_state(t)
+    assert sum(p.numel() for p in state["model"].values()) == sum(p.numel() for p in t.model.parameters() if p.requires_grad)
+    save_state(tmp_path / "c", **state)
+    t.steps = 6; t.fit()
+    again = made()
+    restore(again, load_state(tmp_path / "c")); again.fit()
+    assert all(torch.equal(p, again.model.state_dict()[n]) for n, p in t.model.state_dict().items())
+    other = made()
+    with torch.no_grad(): next(p for p in other.model.parameters() if not p.requires_grad)[0, 0] += 1
+    with pytest.raises(ValueError, match="other frozen weights"): restore(other, load_state(tmp_path / "c"))
+
+
+def test_models_of_transformers_get_pefts_adapters(pair):
+    torch.manual_seed(0)
+    pre = Pretrained(to_transformers(Transformer(Size(40, 32, 4, layers=2, length=32))))
+    b = pair[1]
+    base = out(pre, b)
+    pre = lora(pre, r=4)
+    assert {n.split(".")[-2] for n, p in pre.named_parameters() if p.requires_grad} <= {"default"} and torch.equal(out(pre, b), base)
+    h = Trainer(pre, CLM(), Loader([Example(list(range(i, i + 12))) for i in range(28)], CLM(), 4, 16), 1e-2, 5, bf16=False).fit()
+    assert h["clm"][-1] < h["clm"][0] and (out(pre, b) - base).abs().max() > 1e-3
