@@ -7,7 +7,7 @@ import os
 import platform
 import shutil
 import sys
-from importlib.metadata import PackageNotFoundError, requires, version
+from importlib.metadata import PackageNotFoundError, metadata, requires, version
 from pathlib import Path
 
 from . import __version__
@@ -22,9 +22,10 @@ def packages() -> list[Line]:
     try: asked = requires("lmtrain") or []
     except PackageNotFoundError: return [("packages", "lmtrain is not installed: pip install lmtrain", False)]
     lines: list[Line] = []
+    extras = metadata("lmtrain").get_all("Provides-Extra") or []
     for text in asked:
         r = Requirement(text)
-        extra = next((e for e in ("dev", "lab", "docs", "browser") if r.marker and not r.marker.evaluate({"extra": ""})
+        extra = next((e for e in extras if r.marker and not r.marker.evaluate({"extra": ""})
                       and r.marker.evaluate({"extra": e})), None)
         try: found = version(r.name)
         except PackageNotFoundError:

@@ -72,6 +72,7 @@ class Objective:
     """
     uses: tuple[str, ...] = ()    # names of the extra heads it reads
     forbid: tuple[int, ...] = ()  # tokens that are no possible answer
+    of_tokens = True              # are its labels tokens? If not, training says nothing about writing with the model
 
     @property
     def name(self) -> str: return type(self).__name__.lower()

@@ -324,7 +324,7 @@ class Trainer(Steps):
         factor = self.schedule(self.done, self.steps)
         for g in self.optimizer.param_groups: g["lr"] = g["initial_lr"] * factor
         row, self.done = self.step(window), self.done + 1
-        if self.ahead is not None: self.model.causal = self.ahead
+        if self.ahead is not None and self.objective.of_tokens: self.model.causal = self.ahead
         lr = self.optimizer.param_groups[0]["lr"]
         row = {"step": self.done, **row, "lr": lr, "seconds": time.perf_counter() - began}
         if self.accelerator.is_main_process: self.history.add(row)

@@ -11,6 +11,7 @@ from torch import nn
 
 from lmtrain.batch import Example, Noise, collate
 from lmtrain.checkpoint import load_state, restore, save_state, trainer_state
+from lmtrain.finetuning.adapt import Replayed, Supervised, accuracy, labelled
 from lmtrain.finetuning.instruct import DFT, NEFTune, check_template, completion, fitted, instructions, messages
 from lmtrain.finetuning.lora import MAPS, LoRA, adapters, load_adapter, lora, merge, save_adapter
 from lmtrain.finetuning.questions import OF_LISTS, OF_PAIRS, built_in, doc_section, parameters, raised, verifiable
@@ -324,3 +325,46 @@ def test_models_of_transformers_get_pefts_adapters(pair):
     assert {n.split(".")[-2] for n, p in pre.named_parameters() if p.requires_grad} <= {"default"} and torch.equal(out(pre, b), base)
     h = Trainer(pre, CLM(), Loader([Example(list(range(i, i + 12))) for i in range(28)], CLM(), 4, 16), 1e-2, 5, bf16=False).fit()
     assert h["clm"][-1] < h["clm"][0] and (out(pre, b) - base).abs().max() > 1e-3
+
+
+# ---- adapting
+
+def test_heads_are_the_same_packed_and_learn():
+    "Classes, token labels and numbers: packed equals apart; a label that stands in the text is learned; writing stays possible."
+    torch.manual_seed(0)
+    rows = [labelled(Example([1, 2 + n % 5, 10 + n % 7, 20]), n % 5) for n in range(60)]
+    o, m = Supervised(), with_heads(Transformer(Size(32, 32, 4, layers=1, length=16)), label=5)
+    mean = lambda b: float((q := o.corrupt(b, Noise())) and o.loss(m, q)["label"] / o.count(q)["label"])
+    assert mean(collate(rows)) == pytest.approx(mean(collate(rows, 16, pack=True)), abs=1e-5)
+    Trainer(m, o, Loader(rows, o, 16, 16, pack=True), 1e-2, 60, bf16=False).fit()
+    assert accuracy(m, collate(rows), o) == 1. == accuracy(m, collate(rows, 16, pack=True), o) and m.causal
+    numbers = [labelled(Example([1, 2 + n % 5]), n % 5 / 5) for n in range(60)]
+    m = with_heads(Transformer(Size(32, 32, 4, layers=1, length=16)), label=1)
+    h = Trainer(m, o, Loader(numbers, o, 16, 16, pack=True), 1e-2, 80, bf16=False).fit()
+    assert h["label"][-1] < .05 * h["label"][0]
+    kinds = Supervised("kind", full=True)
+    some = [Example([1, 5, 6, 7], tokens={"kind": [-100, 0, 1, 1]}), Example([1, 6, 5], tokens={"kind": [-100, 1, 0]})]
+    m = with_heads(Transformer(Size(32, 32, 4, layers=1, length=16)), kind=2)
+    Trainer(m, kinds, Loader(some * 8, kinds, 8, 8), 1e-2, 30, bf16=False).fit()
+    assert accuracy(m, collate(some), kinds) == 1. and kinds.count(kinds.corrupt(collate(some), Noise()))["kind"] == 5
+
+
+def test_training_a_head_does_not_forbid_writing():
+    "The control: an objective whose labels are tokens of both sides does."
+    from lmtrain.objectives.masked import MLM
+    rows = [labelled(Example([1, 2 + n % 5, 10]), n % 5) for n in range(28)]
+    for o, stays in (Supervised(), True), (MLM(3, range(4, 32)), False):
+        m = with_heads(Transformer(Size(32, 16, 2, layers=1, length=16)), label=5)
+        Trainer(m, o, Loader(rows, o, 4, 16), 1e-3, 2, bf16=False).fit()
+        assert m.causal == stays
+
+
+def test_replay_is_a_share_of_all():
+    for new, old, share in (900, 5000, .1), (10, 3, .5), (7, 100, 0.):
+        mixed = Replayed([("new", n) for n in range(new)], [("old", n) for n in range(old)], share)
+        items = [mixed[n] for n in range(len(mixed))]
+        assert sum(kind == "old" for kind, _ in items) == pytest.approx(share * len(items), abs=.51) and items[:new] == [("new", n) for n in range(new)]
+        if 0 < len(items) - new <= old: assert len({*items}) == len(items)
+    with pytest.raises(IndexError): mixed[len(mixed)]
+    with pytest.raises(ValueError, match="replay=1"): Replayed([1], [1], 1)
+    with pytest.raises(ValueError, match="nothing to replay"): Replayed([1], [], .5)

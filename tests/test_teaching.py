@@ -300,7 +300,7 @@ def test_each_term_is_introduced_once():
 def test_symbols_are_those_of_the_notation():
     "Each symbol of a chapter's table is in the notation."
     known = (NBS / "notation.ipynb").read_text(encoding="utf-8")
-    plain = {"x", "p", r"x_{<i}", r"x_{\le i}", "W", "A, B", "r", "s"}  # of a chapter alone
+    plain = {"x", "p", r"x_{<i}", r"x_{\le i}", "W", "A, B", "r", "s", r"\rho", "U", "h_i", "c_i"}  # of a chapter alone
     for name in {*PATHS} - OLD:
         formula = next((source(c) for c in cells_of(name) if c["id"] == "formula"), "")
         for s in re.findall(r"(?m)^\| \$(.+?)\$ \|", formula):
