@@ -12,9 +12,11 @@ from torch import nn
 from lmtrain.batch import Example, Noise, collate
 from lmtrain.checkpoint import load_state, restore, save_state, trainer_state
 from lmtrain.finetuning.adapt import Replayed, Supervised, accuracy, labelled
+from lmtrain.finetuning.economics import Cost, Prices, answer, break_even, train_lora
 from lmtrain.finetuning.instruct import DFT, NEFTune, check_template, completion, fitted, instructions, messages
 from lmtrain.finetuning.lora import MAPS, LoRA, adapters, load_adapter, lora, merge, save_adapter
 from lmtrain.finetuning.questions import OF_LISTS, OF_PAIRS, built_in, doc_section, parameters, raised, verifiable
+from lmtrain.generation import generate
 from lmtrain.loader import Loader
 from lmtrain.model import Size, Transformer, load, save, to_transformers, with_heads
 from lmtrain.objective import CLM, logp
@@ -368,3 +370,35 @@ def test_replay_is_a_share_of_all():
     with pytest.raises(IndexError): mixed[len(mixed)]
     with pytest.raises(ValueError, match="replay=1"): Replayed([1], [1], 1)
     with pytest.raises(ValueError, match="nothing to replay"): Replayed([1], [], .5)
+
+
+# ---- economics
+
+@pytest.mark.parametrize("kv", [4, 2])
+def test_counts_are_pytorchs(kv):
+    "Forward, training, training with adapters and cached generation: to the last operation."
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+    def counted(f) -> int:
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as c: f()
+        return c.get_total_flops()
+    torch.manual_seed(0)
+    s = Size(512, 64, 4, kv_heads=kv, layers=3, length=256)
+    m, c, T, rows = Transformer(s), Cost(s), 128, 4
+    b = CLM().corrupt(collate([Example(torch.randint(0, 512, (T,)).tolist(), [i >= 96 for i in range(T)]) for _ in range(rows)]), Noise())
+    N = len(b.loss_positions)
+    with torch.no_grad(): assert counted(lambda: CLM().loss(m, b)) == c.forward(T, N, rows)
+    assert counted(lambda: CLM().loss(m, b)["clm"].backward()) == c.train(T, N, rows)
+    view = lora(m, r=8)
+    assert counted(lambda: CLM().loss(view, b)["clm"].backward()) == train_lora(c, T, N, rows, r=8)
+    prompts = [torch.randint(5, 512, (100,)).tolist()]
+    assert counted(lambda: generate(m.eval(), prompts, 20, 0.0)) == answer(c, 100, 20)
+    assert answer(c, 100, 20, cached=60) < answer(c, 100, 20) and c.train(T, N, rows) - 3 * rows * c.pairs(T) != c.train(T, N, rows)
+
+
+def test_break_even():
+    assert break_even(1200, 9, 1) == 150 and break_even(1200, 9, 1, refreshes=3) == 450 and break_even(1, 2, 2) == float("inf")
+    p = Prices(read=2., write=8., cached=1., tuned_read=2., tuned_write=8., train=20.)
+    assert p.questions(1000, 10, 50, 5) == 200 and p.questions(1000, 10, 50, 5, cache=True) == 400
+    dear = Prices(read=2., write=8., cached=1., tuned_read=50., tuned_write=80., train=20.)
+    assert dear.questions(1000, 10, 50, 5) == float("inf")

@@ -168,4 +168,12 @@ WRONG = {
                 (lambda m, s, f, k: .5 * sum((f[n] * (p - s[n]) ** 2).sum() for n, p in m.named_parameters()), "strength is missing"),
                 (lambda m, s, f, k: k / 2 * sum(((p - s[n]) ** 2).sum() for n, p in m.named_parameters()), "Fisher"),
                 (lambda m, s, f, k: 3.0, "has not moved"), (lambda m, s, f, k: k / 2 * sum((f[n] * (p.detach() - s[n]) ** 2).sum() for n, p in m.named_parameters()), "with a gradient")],
+    "economics-1": [(1500, "one training"), (1000, "three times"), (400, "is another")],
+    "economics-2": [(lambda T: T * T, "all pairs"), (lambda T: T * (T - 1) / 2 + (T == 1), "itself"), (lambda T: T + 5, "number of ones"), (lambda T: "many", "one number")],
+    "economics-3": [(lambda p, e: 1 - e / p, "still must be read"), (lambda p, e: p / max(e, 1), "at most 1"), (lambda p, e: .5, "another share")],
+    "economics-4": [(lambda D, s, q, t, r, u: t * D / (r * s), "own price"), (lambda D, s, q, t, r, u: t * D / (r * (s + q) - u * q), "never pays"), (lambda D, s, q, t, r, u: 1., "another number")],
+    "economics-5": [(lambda T, p, t, a, b, w: T / (p - t) if p > t else math.inf, "missing"), (lambda T, p, t, a, b, w: T / (p + w * a - t - w * b) if p + w * a > t + w * b else math.inf, "right answers"),
+                    (lambda T, p, t, a, b, w: 7., "another number")],
+    "economics-6": [(lambda T, a, b: T / (sum(a) / len(a) - sum(b) / len(b)), "three numbers"), (lambda T, a, b: (1., 2., 3.), "without width"),
+                    (lambda T, a, b: (T / (sum(a) / len(a) - sum(b) / len(b)),) * 3, "inside the interval")],
 }
