@@ -13,13 +13,11 @@ __all__ = ['Size', 'rotations', 'rotate', 'joined', 'Cache', 'attend', 'Attentio
 # %% ../nbs/0_core/05_model.ipynb #imports-2
 import copy
 import math
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import cast
-from uuid import uuid4
 
 # %% ../nbs/0_core/05_model.ipynb #imports-3
 import torch
@@ -32,7 +30,7 @@ from transformers import (AutoConfig, GenerationConfig, PreTrainedModel, PreTrai
 # %% ../nbs/0_core/05_model.ipynb #imports-4
 from .batch import Batch, Columns, sees
 from .text import load_tokenizer
-from .settings import check_readable, follow_umask, rename
+from .settings import check_readable, replacing
 
 # %% ../nbs/0_core/05_model.ipynb #size
 @dataclass(frozen=True)
@@ -304,20 +302,7 @@ def save(model: LM, tok: PreTrainedTokenizerFast, path: str | Path) -> Path:
     Raises OSError if it cannot, FloatingPointError if a weight is not finite; the old one stays.
     """
     check_weights_finite(model)
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside, old = (path.with_name(f".{path.name}-{word}-{uuid4().hex[:8]}") for word in ("new", "old"))
-    try:
-        beside.mkdir()
-        written(model, tok, beside)
-        follow_umask(beside)
-        if path.exists(): rename(path, old)
-        try: rename(beside, path)
-        except OSError:
-            if old.exists(): rename(old, path)
-            raise
-    finally:
-        for left in (beside, old): shutil.rmtree(left, ignore_errors=True)
+    with replacing(path := Path(path)) as folder: written(model, tok, folder)
     return path
 
 # %% ../nbs/0_core/05_model.ipynb #load

@@ -3,11 +3,15 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import tempfile
 import time
+from collections.abc import Iterator
 from configparser import ConfigParser
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
+from uuid import uuid4
 
 _HERE = Path(__file__).parent
 
@@ -93,6 +97,24 @@ class Scale:
     minutes: float  # of training in the tour
     seed: int       # the first seed
     seeds: int      # how many seeds an experiment takes
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    "A new folder to write in, which takes the place of `path` in one step. Raises OSError if it cannot; the old one stays."
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside, old = (path.with_name(f".{path.name}-{word}-{uuid4().hex[:8]}") for word in ("new", "old"))
+    try:
+        beside.mkdir()
+        yield beside
+        follow_umask(beside)
+        if path.exists(): rename(path, old)
+        try: rename(beside, path)
+        except OSError:
+            if old.exists(): rename(old, path)
+            raise
+    finally:
+        for left in (beside, old): shutil.rmtree(left, ignore_errors=True)
 
 
 def settings_ini() -> tuple[Path, ConfigParser]:

@@ -285,7 +285,26 @@ def test_adapters_refuse(pair, tmp_path):
     with pytest.raises(ValueError, match="no adapter"): save_adapter(m, tmp_path / "a")
     save_adapter(v, tmp_path / "a")
     with pytest.raises(ValueError, match="does not fit"): load_adapter(Transformer(Size(40, 32, 4, layers=1, length=32)), tmp_path / "a")
+    config = tmp_path / "a" / "adapter_config.json"
+    kept = config.read_text()
+    for part in ('"bias": "all"', '"alpha_pattern": {"q_proj": 4}', '"target_modules": ".*proj"'):
+        name = part.split('"')[1]
+        config.write_text(re.sub(rf'"{name}": ("\w+"|\[[^\]]*\])', part, kept) if f'"{name}"' in kept else kept.replace("{", "{" + part + ", ", 1))
+        with pytest.raises(ValueError, match=f"{name}.*not read here"): load_adapter(m, tmp_path / "a")
+    config.write_text(kept)
     with pytest.raises(ValueError, match="does not fit"): load_adapter(Transformer(Size(40, 16, 4, layers=2, length=32)), tmp_path / "a")
+
+
+def test_an_adapter_is_written_whole_or_not(pair, tmp_path, monkeypatch):
+    "A fault in the middle leaves the old adapter as it was, and nothing beside it."
+    from lmtrain.finetuning import lora as module
+    m, b = pair
+    v = moved_adapter(lora(m, r=2))
+    save_adapter(v, tmp_path / "a")
+    def fails(*a, **k): raise OSError("disk full")
+    monkeypatch.setattr(module, "save_file", fails)
+    with pytest.raises(OSError, match="disk full"): save_adapter(lora(m, r=4), tmp_path / "a")
+    assert [p.name for p in tmp_path.iterdir()] == ["a"] and torch.equal(out(load_adapter(m, tmp_path / "a"), b), out(v, b))
 
 
 def test_merged_models_are_saved(pair, bpe, tmp_path):

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from ..model import LM
 from ..pretrained import Pretrained
+from ..settings import replacing
 
 # %% ../../nbs/2_finetuning/03_lora.ipynb #lora-layer
 class LoRA(nn.Linear):
@@ -55,9 +56,7 @@ class LoRA(nn.Linear):
 
 # %% ../../nbs/2_finetuning/03_lora.ipynb #view
 def viewed(module: nn.Module, swap: Callable[[str, nn.Module], nn.Module], known: dict, name: str = "") -> nn.Module:
-    """A copy of a tree of modules that shares every number with it, frozen.
-
-    Each module goes through `swap(name, module)`.
+    """A copy of a tree of modules that shares every number with it, frozen; each goes through `swap(name, module)`.
 
     `known` keeps which parameter became which, so that tied ones stay tied.
     """
@@ -131,28 +130,37 @@ FILE = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "length": "lora_ma
 
 
 def save_adapter(model: LM, path: str | Path, base: str = "") -> Path:
-    "Write a folder that peft opens, as `PeftModel.from_pretrained(net, path)`. Raises ValueError without an adapter."
+    """Write a folder that peft opens, as `PeftModel.from_pretrained(net, path)`, in one step.
+
+    Raises ValueError without an adapter, OSError if it cannot be written; the old one stays.
+    """
     if not hasattr(model, "adapter"): raise ValueError("this model has no adapter: lora(model) makes a view with one")
-    path, a = Path(path), asdict(model.adapter)  # type: ignore[call-overload]
-    path.mkdir(parents=True, exist_ok=True)
+    a = asdict(model.adapter)  # type: ignore[call-overload]
     weights = {f"base_model.model.model.{n}.{FILE[k]}": p.detach().contiguous().cpu() for n, m in adapters(model)
                for k, p in m.named_parameters() if k in FILE}
-    save_file(weights, path / "adapter_model.safetensors", metadata={"format": "pt"})
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": a["r"], "lora_alpha": a["alpha"], "lora_dropout": 0.0,
               "use_rslora": a["rs"], "use_dora": a["dora"], "target_modules": sorted(a["targets"]), "bias": "none",
               "inference_mode": True, "base_model_name_or_path": base or None}
-    (path / "adapter_config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
+    with replacing(path := Path(path)) as folder:
+        save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        (folder / "adapter_config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
     return path
 
 # %% ../../nbs/2_finetuning/03_lora.ipynb #load-adapter
 def load_adapter(model: LM, path: str | Path) -> LM:
     """A view of a model with the adapter of a folder that peft or `save_adapter` wrote.
 
-    Raises ValueError for an adapter of another kind, or one that does not fit the model.
+    Raises ValueError for an adapter of another kind, or one that does not fit the model, or that has a part that is not
+    read here: patterns of rank or alpha, biases, whole modules.
     """
     c = json.loads(Path(path, "adapter_config.json").read_text(encoding="utf-8"))
     if c["peft_type"] != "LORA": raise ValueError(f"{path} holds a {c['peft_type']} adapter; LORA is read")
-    new = lora(model, c["r"], c["lora_alpha"], c["use_rslora"], c["use_dora"], tuple(c["target_modules"]))
+    odd = [n for n in ("rank_pattern", "alpha_pattern", "modules_to_save", "lora_bias", "fan_in_fan_out") if c.get(n)]
+    if c.get("bias", "none") != "none": odd.append("bias")
+    if isinstance(c["target_modules"], str): odd.append("target_modules as a pattern")
+    if odd: raise ValueError(f"the adapter in {path} has {', '.join(odd)}, which is not read here: merge it with peft")
+    variants = c.get("use_rslora", False), c.get("use_dora", False)
+    new = lora(model, c["r"], c["lora_alpha"], *variants, tuple(c["target_modules"]))
     want = {f"base_model.model.model.{n}.{FILE[k]}": p for n, m in adapters(new)
             for k, p in m.named_parameters() if k in FILE}
     have = load_file(Path(path, "adapter_model.safetensors"))
@@ -162,7 +170,7 @@ def load_adapter(model: LM, path: str | Path) -> LM:
     for n, w in have.items(): want[n].data.copy_(w)
     return new
 
-
+# %% ../../nbs/2_finetuning/03_lora.ipynb #by-peft
 def by_peft(model: Pretrained, kind: Adapter) -> Pretrained:
     "The same by peft, in place, for a model of transformers. Raises ImportError without peft."
     try: from peft import LoraConfig, inject_adapter_in_model
