@@ -333,3 +333,24 @@ def test_names_at_the_ends_of_lines_do_not_overlap():
     boxes = sorted(t.get_window_extent().y0 for t in ax.texts)
     assert len(boxes) == 3 and min(b - a for a, b in zip(boxes, boxes[1:], strict=False)) >= 12 * fig.dpi / 72
     plt.close(fig)
+
+
+# ---- records
+
+def draws_a_smoke_run(cells: list[dict]) -> list[str]:
+    "Cells that print that they are a smoke run, and draw a figure all the same."
+    return [c["id"] for c in cells if "smoke run" in outputs([c]) and any("image/png" in o.get("data", {}) for o in c.get("outputs", []))]
+
+
+def test_a_smoke_run_draws_nothing_and_a_record_tells_its_origin():
+    "In every notebook; a cell that reads a kept run prints where it comes from. Control: a figure beside a smoke run is seen."
+    smoke = 0
+    for p in sorted(NBS.rglob("*.ipynb")):
+        cells = json.loads(p.read_text(encoding="utf-8"))["cells"]
+        assert not draws_a_smoke_run(cells), p
+        smoke += "smoke run" in outputs(cells)
+        for c in cells:
+            if re.search(r"(?m)^\w+, \w+ = recorded\(", source(c)): assert "A kept run: " in outputs(cells), (p, c["id"])
+    assert smoke >= 5
+    bad = {"id": "smoke", "cell_type": "code", "outputs": [{"text": ["smoke run: 3 steps, no result"]}, {"data": {"image/png": "x"}}]}
+    assert draws_a_smoke_run([bad]) == ["smoke"]
