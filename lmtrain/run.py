@@ -110,7 +110,12 @@ def opened(path: str, length: int = 0) -> tuple[LM, PreTrainedTokenizerFast]:
         try: check_hub(path, "model")
         except OSError as e: raise OSError(f"{path!r} is no folder here, and {e}") from None
     try: model, tok = load(path)                           # what the native model computes as well
-    except (OSError, ValueError, KeyError): model, tok = Pretrained(path), load_tokenizer(path)
+    except (OSError, ValueError, KeyError):
+        try: model, tok = Pretrained(path), load_tokenizer(path)
+        except OSError:
+            if Path(path).exists(): raise
+            raise OSError(f"{path!r} is no folder here, and no copy of such a model is kept: mend the name, or fetch "
+                          "it while online, without HF_HUB_OFFLINE") from None
     room = roomy(model)
     if length > room: raise ValueError(f"rows have {length} tokens, this model reads {room}: give --length {room}")
     return longer(model, len(tok)), tok

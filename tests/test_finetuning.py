@@ -1,6 +1,5 @@
 """Fine-tuning against trl and peft, and what may go wrong silently: masks, ends, truncation, packing, adapters, checkpoints."""
 import copy
-import os
 import random
 import re
 from collections import Counter
@@ -25,7 +24,6 @@ from lmtrain.pretrained import Pretrained
 from lmtrain.text import TEMPLATE, train_bpe
 from lmtrain.train import Trainer
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
 ROWS = [{"prompt": f"How many letters has {w}?", "completion": f" {len(w)} of them: {' '.join(w)}"}
         for w in "sorted transformer a banana return exception dictionary of json".split()]
 

@@ -289,3 +289,10 @@ def test_room_of_a_model_is_said(text, tmp_path):
     job = {"objective": "MLM()", "model": str(tmp_path / "roberta"), "data": text, "steps": 1, "rows": 2, "lr": 1e-3}
     with pytest.raises(ValueError, match="this model reads 62: give --length 62"): train(Job(**job, length=64), tmp_path / "run", print)
     assert len(train(Job(**job, length=62), tmp_path / "run", print)) == 1
+
+
+def test_a_name_that_is_not_here_offline(tmp_path):
+    "With HF_HUB_OFFLINE=1, which we advise, the one line tells of the name and not of a connection."
+    done = subprocess.run([sys.executable, "-m", "lmtrain", "generate", "dir/typo"], capture_output=True, text=True, cwd=tmp_path, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    assert done.returncode == 1 and done.stderr.strip().count("\n") == 0
+    assert "'dir/typo' is no folder here" in done.stderr and "connect" not in done.stderr
