@@ -6,7 +6,7 @@ import torch
 from ..batch import Example, Noise, collate
 from ..finetuning.adapt import Supervised
 from ..model import Size, Transformer, with_heads
-from .kit import callable_of, exercise, expect, number, tensor
+from .kit import callable_of, exercise, expect, number, result, tensor
 
 
 @exercise("adapt-1", "How much to replay", "●", 5,
@@ -44,8 +44,7 @@ def majority(answer: Any) -> None:
 def token_labels(answer: Any) -> None:
     f = callable_of(answer, "a function of an Example and a list")
     labels = [None, 2, 0, None, 1]
-    e = f(Example([1, 5, 6, 7, 2], tokens={"word": [0, 1, 2, 3, 4]}), list(labels))
-    expect(isinstance(e, Example), f"the result must be an Example, and it is {type(e).__name__}")
+    e = result(f(Example([1, 5, 6, 7, 2], tokens={"word": [0, 1, 2, 3, 4]}), list(labels)), Example)
     expect("kind" in e.tokens, "the column kind is missing")
     expect("word" in e.tokens, "the columns that were there are gone")
     column = list(e.tokens["kind"])

@@ -6,7 +6,7 @@ import torch
 from ..batch import Example, Noise, collate
 from ..model import Size, Transformer
 from ..objective import CLM, logp
-from .kit import Wrong, callable_of, exercise, expect, number
+from .kit import Wrong, callable_of, exercise, expect, number, result
 
 TURNS = [False] * 8 + [True] * 4 + [False] * 6 + [True] * 3
 
@@ -41,11 +41,6 @@ def as_messages(answer: Any) -> None:
         expect(found[1]["content"] == row["answers"][0], "the assistant's content must be the first answer")
 
 
-def example(found: Any) -> Example:
-    expect(isinstance(found, Example), f"the result must be an Example, and it is {type(found).__name__}")
-    return found
-
-
 @exercise("instruct-3", "Only the first answer", "●", 5,
           "The answer column is a list of truth values; where does its first run of True end?",
           "Find the first True, then the first False after it; everything from there on becomes False.",
@@ -53,7 +48,7 @@ def example(found: Any) -> Example:
 def first_turn_only(answer: Any) -> None:
     f = callable_of(answer, "a function of an Example")
     for turns in (TURNS, TURNS[:12], [True, True, False, True], [False] * 3):
-        e = example(f(Example(list(range(len(turns))), list(turns))))
+        e = result(f(Example(list(range(len(turns))), list(turns))), Example)
         got = [bool(a) for a in (e.answer if e.answer is not None else [True] * len(turns))]
         expect(list(e.ids) == list(range(len(turns))), "the ids must stay as they are")
         first = turns.index(True) if any(turns) else 0
@@ -79,7 +74,7 @@ def cut(answer: Any) -> None:
             expect(found is None, f"{told}: the answer does not fit, so the result must be None")
             continue
         expect(found is not None, f"{told}: the answer fits, and the result is None")
-        got = example(found)
+        got = result(found, Example)
         ids, mask = list(got.ids), [bool(v) for v in (got.answer if got.answer is not None else [True] * len(got))]
         expect(len(ids) <= T, f"{told}: the result has {len(ids)} tokens")
         expect(len(mask) == len(ids), f"{told}: ids and answer have different lengths")

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
-from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -41,11 +40,7 @@ def exercise(id: str, title: str, level: str, minutes: int, *hints: str) -> Call
     The three hints are: where to look, the first step, and a different case that is solved.
     """
     where, first, other = hints
-    return partial(_made, id, title, level, minutes, (where, first, other))
-
-
-def _made(id: str, title: str, level: str, minutes: int, hints: tuple[str, str, str], test: Callable) -> Exercise:
-    return Exercise(id, title, level, minutes, hints, test)
+    return lambda test: Exercise(id, title, level, minutes, (where, first, other), test)
 
 
 @dataclass(frozen=True)
@@ -173,6 +168,13 @@ def callable_of(answer: Any, what: str) -> Callable:
     "An answer that is to be a function. Raises Wrong if it is none."
     expect(callable(answer), f"{what} is wanted here, and this is {kind(answer)}")
     return answer
+
+
+def result(found: Any, wanted: type) -> Any:
+    "A result that is to be of a type. Raises Wrong, with the type it has instead."
+    article = "an" if wanted.__name__[0] in "AEIO" else "a"
+    expect(isinstance(found, wanted), f"the result must be {article} {wanted.__name__}, and it is {type(found).__name__}")
+    return found
 
 
 def tensor(value: Any, shape: tuple[int, ...], of: str) -> Any:

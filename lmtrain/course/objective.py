@@ -9,7 +9,7 @@ from torch import Tensor
 from ..batch import Batch, Example, Noise, collate
 from ..model import Size, Transformer, moved
 from ..objective import CLM, Objective, nll, shift
-from .kit import Wrong, callable_of, exercise, expect, number, tensor
+from .kit import Wrong, callable_of, exercise, expect, number, result, tensor
 
 DOCS = [[1, 10, 11, 12, 2], [1, 20, 2], [1, 30, 31, 32, 33, 34, 2]]
 
@@ -22,12 +22,6 @@ def rows(pack: bool = True) -> Batch:
 def small() -> Transformer:
     torch.manual_seed(0)
     return Transformer(Size(vocab=64, dim=32, heads=2, layers=2, length=32)).eval()
-
-
-def batch(found: Any) -> Batch:
-    "A result that is to be a Batch."
-    expect(isinstance(found, Batch), f"the result must be a Batch, as `b.set(...)` returns one, and it is {type(found).__name__}")
-    return found
 
 
 def instance(answer: Any) -> Objective:
@@ -65,7 +59,7 @@ def every_second(answer: Any) -> None:
     f = callable_of(answer, "a function of a batch")
     for pack in (False, True):
         b = rows(pack)
-        got, all_of_them = batch(f(b)), shift(b)
+        got, all_of_them = result(f(b), Batch), shift(b)
         expect((got.targets == all_of_them.targets)[all_of_them.weights > 0].all(), "the labels changed: keep those of `shift`")
         weights = tensor(got.weights, tuple(b.ids.shape), "weights").float()
         even = b.doc_pos % 2 == 0                                                      # (B,T)
@@ -102,8 +96,7 @@ def how_many(answer: Any) -> None:
 def reply_only(answer: Any) -> None:
     f = callable_of(answer, "a function of a prompt and a reply, two lists of token ids")
     for prompt, reply in (([1, 10, 11], [20, 21, 2]), ([1], [20, 2]), ([1, 10, 11, 12, 13], [2])):
-        e = f(list(prompt), list(reply))
-        expect(isinstance(e, Example), f"the result must be an Example, and it is {type(e).__name__}")
+        e = result(f(list(prompt), list(reply)), Example)
         ids = [int(i) for i in e.ids]
         expect(ids == prompt + reply, f"for the prompt {prompt} and the reply {reply} the ids are {ids}")
         q = CLM().corrupt(collate([e]), Noise())
@@ -136,7 +129,7 @@ def backward(answer: Any) -> None:
     o, model = instance(answer), small()
     for pack in (False, True):
         b = rows(pack)
-        q = batch(o.corrupt(b, Noise()))
+        q = result(o.corrupt(b, Noise()), Batch)
         want = (b.doc_pos > 0) & (b.doc > 0)                                           # (B,T)
         before = F.pad(b.clean[:, :-1], (1, 0))                                        # (B,T)
         got = q.weights > 0
@@ -178,7 +171,7 @@ def smoothed(answer: Any) -> None:
 def by_document(answer: Any) -> None:
     o, model = instance(answer), small()
     def value(pieces: list[Batch]) -> tuple[float, float]:
-        qs = [batch(o.corrupt(p, Noise())) for p in pieces]
+        qs = [result(o.corrupt(p, Noise()), Batch) for p in pieces]
         sums = [sum(o.loss(model, q).values()) for q in qs]
         counts = [sum(o.count(q).values()) for q in qs]
         return float(torch.as_tensor(sum(sums)).detach()), float(sum(counts))
