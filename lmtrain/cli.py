@@ -99,13 +99,15 @@ def train(data: Annotated[str, typer.Option(help="A name of `lmtrain data list`,
           length: Annotated[Optional[int], typer.Option(min=1, help=f"Tokens of a row{_SCALED}")] = None,
           window: Annotated[int, typer.Option(help="Batches of a step.")] = 1,
           lr: Annotated[Optional[float], typer.Option(help=f"The highest learning rate{_SCALED}")] = None,
-          seed: Annotated[int, typer.Option(help="Another seed, another run.")] = 0) -> None:
+          seed: Annotated[int, typer.Option(help="Another seed, another run.")] = 0,
+          lora: Annotated[int, typer.Option(min=0, help="Train an adapter of this rank, and merge it at the end.")] = 0,
+          ) -> None:
     "Train any model on any text with any objective; under torchrun or accelerate launch on all their processes."
     _quick_on_cpu()
     sys.path.insert(0, "")  # an objective of one's own lies in the folder one is in
     from .run import Job, train as run
     if lr is not None and not lr > 0: raise ValueError(f"lr must be more than 0, not {lr}")
-    run(Job(objective, model, data, column, lines, steps, rows or 0, length or 0, window, lr or 0.0, seed), out)
+    run(Job(objective, model, data, column, lines, steps, rows or 0, length or 0, window, lr or 0.0, seed, lora), out)
 
 
 @app.command()
@@ -208,14 +210,21 @@ def data_list() -> None:
     for name, c in catalogue().iterrows():
         size = f"{c.megabytes:.1f} MB" if c.megabytes else "no download"
         print(f"{name:<12} {size:>11}  {c.about}\n{'':<26}licence: {c.licence}")
-    print("A path to txt, jsonl, csv, tsv or parquet, also .gz, works as well, and owner/name on the hub.")
+    from .finetuning.models import known_models
+    print("\nPretrained models:")
+    for name, m in known_models().iterrows(): print(f"{name:<12} {m.megabytes:>8.1f} MB  {m.about}\n{'':<26}licence: {m.licence}")
+    print("\nA path to txt, jsonl, csv, tsv or parquet, also .gz, works as well, and owner/name on the hub.")
 
 
 @data_app.command("get")
 def data_get(name: Annotated[str, typer.Argument(help="A name of `lmtrain data list`, a path, or owner/name.", autocompletion=_corpora)],
              column: Annotated[str, typer.Option(help="Which column of the data is the text.")] = "text",
              lines: Annotated[bool, typer.Option("--lines", help="Each line of a text file is a document.")] = False) -> None:
-    "Fetch a corpus, check it, and say what is in it."
+    "Fetch a corpus or a pretrained model, check it, and say what is in it."
+    from .finetuning.models import fetched, known_models
+    if name in (models := known_models()).index:
+        print(f"{models.loc[name].about}\nlicence: {models.loc[name].licence}", flush=True)
+        return print(f"kept in {fetched(name)}")
     from .corpora import catalogue, corpus
     from .settings import cache_dir
     known = catalogue()

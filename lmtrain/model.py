@@ -251,14 +251,14 @@ def config_of(s: Size) -> Qwen3Config:
 
 def to_transformers(model: LM) -> PreTrainedModel:
     "The same weights as a `transformers.Qwen3ForCausalLM`; of a `Pretrained`, the model it holds."
+    if hasattr(model, "adapter"):
+        raise ValueError("this model has an adapter: merge it first, with lmtrain.finetuning.lora.merge, or keep the "
+                         "adapter alone with save_adapter(model, path)")
     if not isinstance(model, Transformer):
         if not hasattr(model, "net"):
             raise TypeError(f"a {type(model).__name__} has no directory of its own: save the model inside it, such as "
                             "pair.discriminator")
         return cast(PreTrainedModel, model.net)
-    if hasattr(model, "adapter"):
-        raise ValueError("this model has an adapter: merge it first, with lmtrain.finetuning.lora.merge, or keep the "
-                         "adapter alone with save_adapter(model, path)")
     net = Qwen3ForCausalLM(config_of(model.size))
     weights = {f"model.{k}": v for k, v in model.state_dict().items() if not k.startswith("head")}
     net.load_state_dict({**weights, "lm_head.weight": model.head.weight})

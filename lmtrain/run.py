@@ -7,7 +7,7 @@ from __future__ import annotations
 
 # %% auto #0
 __all__ = ['class_of', 'from_tokenizer', 'read', 'longer', 'opened', 'Job', 'model_of', 'continued', 'go_on', 'prepared', 'train',
-           'rehearse', 'finish']
+           'plain', 'rehearse', 'finish']
 
 # %% ../nbs/8_tour/02_run.ipynb #imports-2
 import ast
@@ -35,11 +35,13 @@ from .corpora import corpus
 from .model import LM, Size, Transformer, check_weights_finite, load, save
 from .pretrained import Pretrained, roomy
 from .objective import Objective
-from .optim import fitting_optimizer
+from .optim import adamw, fitting_optimizer
 from .loader import Loader
 from .train import History, Progress, Trainer, fitting_accelerator, idle_gpus, native_bf16, say
 from .checkpoint import Save, locked, resume, write
 from .evaluate import Evaluate, held_loss
+from .finetuning.lora import lora, merge
+from .finetuning.models import fetched, known_models
 from .settings import check_readable, rename, scale
 
 # %% ../nbs/8_tour/02_run.ipynb #named
@@ -90,7 +92,7 @@ def read(text: str, tok: PreTrainedTokenizerFast | None = None) -> Any:
 def longer(model: LM, vocab: int) -> LM:
     "The model with room for `vocab` tokens; new rows of its table are drawn small."
     if isinstance(model, Pretrained) and model.vocab < vocab:
-        model.net.resize_token_embeddings(vocab); model.vocab = vocab
+        model.net.resize_token_embeddings(vocab, mean_resizing=False); model.vocab = vocab
     if isinstance(model, Transformer) and model.size.vocab < vocab:
         new = torch.randn(vocab - model.size.vocab, model.dim) * 0.02                  # (new,D)
         table = nn.Parameter(torch.cat([model.embed_tokens.weight.detach(), new]))     # (vocab,D)
@@ -100,11 +102,16 @@ def longer(model: LM, vocab: int) -> LM:
 
 # %% ../nbs/8_tour/02_run.ipynb #opened
 def opened(path: str, length: int = 0) -> tuple[LM, PreTrainedTokenizerFast]:
-    "The model and tokenizer in a folder, or of a name on the hub. Raises OSError or ValueError if it cannot be used."
+    """The model and tokenizer in a folder, of a name of `known_models`, or of a name on the hub.
+
+    Raises OSError or ValueError if it cannot be used.
+    """
     model: LM
+    if path in known_models().index and not Path(path).exists(): path = str(fetched(path))
     logging.disable_progress_bar()                         # of the weights that are read
     if not Path(path).exists() and (path.count("/") != 1 or path.startswith(".")):
-        raise OSError(f"no model at {path!r}: give a folder, owner/name on the hub, or Size(...)")
+        raise OSError(f"no model at {path!r}: give a folder, {', '.join(known_models().index)}, owner/name "
+                      "on the hub, or Size(...)")
     if Path(path).exists(): check_readable(Path(path))
     else:
         try: check_hub(path, "model")
@@ -135,12 +142,15 @@ class Job:
     window: int = 1             # batches of a step
     lr: float = 0.0
     seed: int = 0
+    lora: int = 0               # the rank of an adapter; without one all weights are trained
 
     def __post_init__(self):
         size = scale()
         self.rows, self.length, self.lr = self.rows or size.rows, self.length or size.length, self.lr or size.lr
         for name in ("steps", "rows", "length", "window", "lr"):
             if not getattr(self, name) > 0: raise ValueError(f"{name} must be more than 0, not {getattr(self, name)}")
+        if self.lora and (not self.model or self.model.startswith("Size(")):
+            raise ValueError("an adapter needs a model that has learned something: name one with --model")
         if not 0 <= self.seed < 2**32: raise ValueError(f"seed must be from 0 to 2**32 - 1, not {self.seed}")
 
     def check(self, out: Path) -> None:
@@ -148,7 +158,7 @@ class Job:
         try: other = json.loads((out / "job.json").read_text(encoding="utf-8"))
         except FileNotFoundError: return
         except ValueError: raise ValueError(f"{out}/job.json is damaged: remove it, or give another --out") from None
-        if wrong := [k for k, v in asdict(self).items() if k != "steps" and other.get(k) != v]:
+        if wrong := [k for k, v in asdict(self).items() if k != "steps" and other.get(k, getattr(Job, k)) != v]:
             raise ValueError(f"{out} holds a run with another {', '.join(wrong)}: give another --out, or remove it")
 
     def keep(self, out: Path) -> None:
@@ -207,11 +217,13 @@ def prepared(job: Job, out: Path, accelerator: Accelerator) -> tuple[Trainer, Ro
     with accelerator.main_process_first(): splits = corpus(job.data, job.column, lines=job.lines)
     texts, held_texts = splits["train"]["text"], splits["validation"]["text"]  # columns: read as they are needed
     model, tok = model_of(job, out, texts, accelerator)
+    if job.lora: model = lora(model, job.lora, 2.0 * job.lora)
     objective = read(job.objective, tok)
     with accelerator.main_process_first(): rows, held = (examples(t, tok, job.length) for t in (texts, held_texts))
     loader = Loader(rows, objective, job.rows, job.length, pack=True, seed=job.seed, pad=tok.pad_token_id or 0)
+    optimizer = adamw if job.lora else fitting_optimizer(model, job.rows * job.window * job.length)
     trainer = Trainer(model, objective, loader, job.lr, job.steps, job.window, accelerator=accelerator,
-                      optimizer=fitting_optimizer(model, job.rows * job.window * job.length), bf16=native_bf16())
+                      optimizer=optimizer, bf16=native_bf16())
     return trainer, held, tok
 
 # %% ../nbs/8_tour/02_run.ipynb #train
@@ -242,10 +254,14 @@ def train(job: Job, out: str | Path, say: Callable[[str], object] = say) -> Hist
     return trainer.history
 
 # %% ../nbs/8_tour/02_run.ipynb #finish
+def plain(model: LM) -> LM: return merge(model) if hasattr(model, "adapter") else model
+
+
 def rehearse(model: LM, tok: PreTrainedTokenizerFast, out: Path, score: Callable[[LM], object]) -> None:
     "Do what stands at the end of a run, a score and a saved model, in a folder that is thrown away. Raises what fails."
     score(model)
-    with tempfile.TemporaryDirectory(dir=out, prefix=".rehearsal-") as folder: save(model, tok, Path(folder) / "model")
+    with tempfile.TemporaryDirectory(dir=out, prefix=".rehearsal-") as folder:
+        save(plain(model), tok, Path(folder) / "model")
 
 
 def finish(trainer: Trainer, job: Job, out: Path, held: Rows, tok: PreTrainedTokenizerFast,
@@ -258,5 +274,5 @@ def finish(trainer: Trainer, job: Job, out: Path, held: Rows, tok: PreTrainedTok
     for name, loss in held_loss(trainer.model, trainer.objective, held).items():
         say(f"{loss:.4f} nats a token on held-out text ({name})")
         if not math.isfinite(loss): raise FloatingPointError(f"the held-out loss is {loss}: the model is not saved")
-    save(trainer.model.cpu(), tok, out / "model")
+    save(plain(trainer.model.cpu()), tok, out / "model")
     say(f"The model is in {out / 'model'}")

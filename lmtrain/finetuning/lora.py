@@ -6,13 +6,15 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['MAPS', 'FILE', 'LoRA', 'viewed', 'Adapter', 'lora', 'adapters', 'merge', 'save_adapter', 'load_adapter', 'by_peft']
+__all__ = ['MAPS', 'FILE', 'LoRA', 'viewed', 'Adapter', 'lora', 'adapters', 'merge', 'adapter_off', 'save_adapter',
+           'load_adapter', 'by_peft', 'peft_layers', 'merge_peft']
 
 # %% ../../nbs/2_finetuning/03_lora.ipynb #imports-2
 import copy
 import json
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 import torch
@@ -32,6 +34,7 @@ class LoRA(nn.Linear):
     """
     lora_A: nn.Parameter                                   # (r,in)
     lora_B: nn.Parameter                                   # (out,r)
+    off = False                                            # compute what the plain map does
 
     def __init__(self, plain: nn.Linear, r: int = 8, alpha: float = 16.0, rs: bool = False, dora: bool = False):
         nn.Module.__init__(self)
@@ -50,6 +53,7 @@ class LoRA(nn.Linear):
         return 1.0 if self.length is None else self.length / self.changed().detach().norm(dim=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.off: return F.linear(x, self.weight, self.bias)                        # (...,out)
         y = F.linear(x, self.weight) + self.scale * F.linear(F.linear(x, self.lora_A), self.lora_B)  # (...,out)
         y = y * self.stretch()                                                         # (...,out)
         return y if self.bias is None else y + self.bias
@@ -114,6 +118,7 @@ def adapters(model: nn.Module) -> Iterator[tuple[str, LoRA]]:
 
 def merge(model: LM) -> LM:
     "A plain model that computes what the adapted one does, and may be saved, served and tuned again."
+    if isinstance(model, Pretrained): return merge_peft(model)
     def swap(name: str, m: nn.Module) -> nn.Module:
         if not isinstance(m, LoRA): return m
         w = m.changed().detach()                                                       # (out,in)
@@ -124,6 +129,18 @@ def merge(model: LM) -> LM:
     new = viewed(model, swap, {}).requires_grad_()
     del new.adapter
     return new  # type: ignore[return-value]
+
+# %% ../../nbs/2_finetuning/03_lora.ipynb #adapter-off
+@contextmanager
+def adapter_off(model: LM) -> Iterator[LM]:
+    "Inside, a model computes what it did before it was adapted: a reference model at no memory."
+    if isinstance(model, Pretrained): switches = [(m, "_disable_adapters") for m in peft_layers(model).values()]
+    else: switches = [(m, "off") for _, m in adapters(model)]  # type: ignore[misc]
+    if not switches: raise ValueError("this model has no adapter: lora(model) makes one")
+    for m, name in switches: setattr(m, name, True)
+    try: yield model
+    finally:
+        for m, name in switches: setattr(m, name, False)
 
 # %% ../../nbs/2_finetuning/03_lora.ipynb #adapter-files
 FILE = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "length": "lora_magnitude_vector"}
@@ -178,6 +195,24 @@ def by_peft(model: Pretrained, kind: Adapter) -> Pretrained:
         raise ImportError('adapters of transformers models are those of peft: pip install "lmtrain[peft]"') from None
     config = LoraConfig(r=kind.r, lora_alpha=kind.alpha, use_rslora=kind.rs,  # type: ignore[arg-type]
                         use_dora=kind.dora, target_modules=list(kind.targets))
+    if peft_layers(model): raise ValueError("this model has an adapter: merge it first")
     inject_adapter_in_model(config, model.net)
     for n, p in model.net.named_parameters(): p.requires_grad_("lora_" in n)
+    model.adapter = kind  # type: ignore[assignment]
     return model
+
+# %% ../../nbs/2_finetuning/03_lora.ipynb #merge-peft
+def peft_layers(model: Pretrained) -> dict[str, nn.Module]:
+    "The layers of a transformers model that peft has adapted, by name."
+    return {n: m for n, m in model.net.named_modules() if hasattr(m, "base_layer") and hasattr(m, "lora_A")}
+
+
+def merge_peft(model: Pretrained) -> Pretrained:
+    "A copy with the adapters of peft in its weights."
+    new = copy.deepcopy(model)
+    for name, m in peft_layers(new).items():
+        m.merge()  # type: ignore[operator]
+        above, _, last = name.rpartition(".")
+        setattr(new.net.get_submodule(above), last, m.base_layer)
+    del new.adapter
+    return new.requires_grad_()  # type: ignore[return-value]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 # %% auto #0
 __all__ = ['WORDS', 'OF_WORDS', 'OF_LISTS', 'OF_PAIRS', 'STDLIB', 'LARGE', 'Question', 'in_text', 'invented', 'verifiable',
-           'doc_section', 'sentence', 'parameters', 'raised', 'about', 'of_apis', 'built_in']
+           'doc_section', 'sentence', 'parameters', 'raised', 'about', 'of_apis', 'built_in', 'answered', 'share_right']
 
 # %% ../../nbs/2_finetuning/01_questions.ipynb #imports-2
 import ast
@@ -16,7 +16,10 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from random import Random
+from transformers import PreTrainedTokenizerFast
 from ..corpora import Api, apis, coin, near_duplicates
+from ..generation import generate
+from ..model import LM
 
 # %% ../../nbs/2_finetuning/01_questions.ipynb #question
 @dataclass(frozen=True)
@@ -158,3 +161,20 @@ def built_in(n: int = 300, seed: int = 0, packages: Sequence[str] = (*STDLIB, *L
     met = {g for q, g in zip(api, groups, strict=True) if not q.held}
     leaks = {id(q) for q, g in zip(api, groups, strict=True) if q.held and g in met}
     return [q for q in once if id(q) not in leaks]
+
+# %% ../../nbs/2_finetuning/01_questions.ipynb #answered
+def answered(model: LM, questions: Sequence[Question], tok: PreTrainedTokenizerFast, new: int = 32
+             ) -> list[tuple[str, bool]]:
+    "What a causal model says greedily to each question, in at most `new` tokens, and whether it ended by itself."
+    asked = [tok.apply_chat_template([{"role": "user", "content": q.prompt}], tokenize=False,
+                                     add_generation_prompt=True) for q in questions]
+    ids = [list(tok(text, add_special_tokens=False)["input_ids"]) for text in asked]
+    trace = generate(model, ids, new, temperature=0.0, eos=tok.eos_token_id)
+    said = [r[w > 0].tolist() for r, w in zip(trace.ids, trace.when, strict=True)]
+    return [(str(tok.decode(s, skip_special_tokens=True)), tok.eos_token_id in s) for s in said]
+
+
+def share_right(model: LM, questions: Sequence[Question], tok: PreTrainedTokenizerFast, new: int = 32) -> float:
+    "The share of questions that a causal model answers right."
+    said = answered(model, questions, tok, new)
+    return sum(q.right(a) for q, (a, _) in zip(questions, said, strict=True)) / max(1, len(questions))
