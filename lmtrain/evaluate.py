@@ -7,7 +7,7 @@ from __future__ import annotations
 
 # %% auto #0
 __all__ = ['FEW', 'Score', 'ROUNDING', 'must_be_causal', 'row_bits', 'bits_per_byte', 'document_bits', 'interval',
-           'bits_interval', 'between', 'grams', 'ngram_bits', 'encoded', 'likelihood', 'pseudo_likelihood',
+           'bits_interval', 'between', 'wilson', 'grams', 'ngram_bits', 'encoded', 'likelihood', 'pseudo_likelihood',
            'minimal_pairs', 'choose', 'exact_match', 'held_loss', 'Evaluate']
 
 # %% ../nbs/0_core/13_evaluate.ipynb #imports-2
@@ -15,6 +15,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from statistics import NormalDist
 from typing import cast
 
 # %% ../nbs/0_core/13_evaluate.ipynb #imports-3
@@ -95,6 +96,14 @@ def between(bits: np.ndarray, sizes: np.ndarray) -> str:
     if len(bits) >= FEW: return "{1:.3f} to {2:.3f}".format(*interval(bits, sizes))
     one = "one document is" if len(bits) == 1 else f"{len(bits)} documents are"
     return f"{one} too few for an interval: {', '.join(f'{v:.3f}' for v in bits / sizes)}"
+
+# %% ../nbs/0_core/13_evaluate.ipynb #share
+def wilson(right: int, n: int, level: float = 0.95) -> tuple[float, float, float]:
+    "A share of independent answers, and its interval. Wilson (1927). Raises ValueError if there are none."
+    if not 0 <= right <= n or not n: raise ValueError(f"{right} of {n} is no share")
+    z, p = NormalDist().inv_cdf((1 + level) / 2), right / n
+    middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return p, (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
 
 # %% ../nbs/0_core/13_evaluate.ipynb #ngram
 def grams(text: np.ndarray, n: int) -> np.ndarray:

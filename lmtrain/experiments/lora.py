@@ -64,7 +64,7 @@ def run(seed: int, size: float = 1.0) -> list[dict]:
     known = [q for q in verifiable(400, seed, OLD) if not q.held]
     train, held = ([q for q in verifiable(1200, seed, NEW) if q.held == side] for side in (False, True))
     if size < 1: held = held[:8]
-    docs = [r["text"] for r, _ in zip(python_docs(), range(3000), strict=False)]
+    docs = [r["text"] for r, _ in zip(python_docs(), range(3000 if size >= 1 else 200), strict=False)]
     tok = train_chars([*docs, *(q.prompt + q.completion for q in train + known + held)])
     exam = CLM().corrupt(collate(examples(docs[-40:], tok, T)[:64]), Noise())
     base, data = pretrained(known, docs[:-40], tok, seed, size), instructions([q.row for q in train], tok, T)

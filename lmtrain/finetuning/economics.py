@@ -6,11 +6,12 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['break_even', 'Cost', 'train_lora', 'answer', 'Prices']
+__all__ = ['break_even', 'Cost', 'train_lora', 'answer', 'cost_lines', 'explore_costs', 'Prices']
 
 # %% ../../nbs/2_finetuning/05_economics.ipynb #imports-2
 from dataclasses import dataclass
 from ..model import Size
+from ..views import PALETTE
 
 # %% ../../nbs/2_finetuning/05_economics.ipynb #break-even
 def break_even(training: float, prompted: float, tuned: float, refreshes: int = 1) -> float:
@@ -59,6 +60,36 @@ def answer(c: Cost, prompt: int, new: int, cached: int = 0) -> int:
     read = prompt - cached
     maps = 2 * c.inner * (read + new - 1) + 2 * new * c.size.dim * c.size.vocab
     return maps + c.pairs(read, prompt) + sum(c.pairs(1, prompt + k) for k in range(1, new))
+
+# %% ../../nbs/2_finetuning/05_economics.ipynb #dial
+def cost_lines(trained: int = 15_360, shots: int = 256, query: int = 24, refreshes: int = 1, cached: float = 1.0):
+    """A figure of what all questions cost, in tokens that go through the model, against their number.
+
+    A token that is trained on counts as three that are read. `cached` is the share of the examples' price that is paid.
+    """
+    import matplotlib.pyplot as plt
+    saved = shots * cached
+    paid = break_even(3 * trained, query + saved, query, refreshes)
+    most = 3 * paid if paid < 1e9 else 1e4
+    fig, ax = plt.subplots()
+    for name, start, each, line in (("examples in the prompt", 0, query + saved, "-"),
+                                    ("tuned", 3 * trained * refreshes, query, "--")):
+        ax.plot([0, most], [start, start + each * most], line, label=name)
+    ax.axvline(paid if paid < 1e9 else 0, color=PALETTE["baseline"], ls=":")
+    ax.set(xlabel="questions", ylabel="tokens", xlim=(0, most), ylim=(0, None))
+    ax.set_title(f"tuning has paid after {paid:,.0f} questions" if paid < 1e9 else "tuning never pays")
+    ax.legend()
+    return fig
+
+# %% ../../nbs/2_finetuning/05_economics.ipynb #dial-slider
+def explore_costs():
+    "Sliders over `cost_lines`."
+    from ipywidgets import FloatSlider, IntSlider, interactive
+    from matplotlib.pyplot import show
+    def draw(trained: int, shots: int, query: int, refreshes: int, cached: float) -> None:
+        cost_lines(trained, shots, query, refreshes, cached); show()
+    return interactive(draw, trained=IntSlider(15_360, 1_000, 100_000, 1_000), shots=IntSlider(256, 0, 4_096, 32),
+                       query=IntSlider(24, 1, 512), refreshes=IntSlider(1, 1, 50), cached=FloatSlider(1.0, 0, 1, 0.05))
 
 # %% ../../nbs/2_finetuning/05_economics.ipynb #prices
 @dataclass(frozen=True)
