@@ -342,7 +342,8 @@ def public(module: ModuleType, package: str, seen: set[str]) -> Iterator[tuple[s
     for name in names if isinstance(names, list | tuple) else dir(module):
         thing = getattr(module, name, None)
         if not name.startswith("_") and callable(thing): yield f"{module.__name__}.{name}", thing
-    for thing in [t for n, t in sorted(vars(module).items()) if isinstance(t, ModuleType)]:
+    modules = [t for n, t in sorted(vars(module).items()) if issubclass(type(t), ModuleType)]  # isinstance may warn
+    for thing in modules:
         name = thing.__name__
         if name.startswith(package + ".") and name not in seen and "._" not in name and "test" not in name:
             yield from public(thing, package, seen)

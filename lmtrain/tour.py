@@ -295,7 +295,8 @@ def answering(s: Story) -> None:
     train, held = ([q for q in verifiable(400, c.seed, KINDS) if q.held == side] for side in (False, True))
     s.say(f"Tuning the model on {len(train):,} questions, {steps:,} steps ...")
     before = answered(model, held, s.tok, 16)
-    loader = Loader(instructions([q.row for q in train], s.tok, c.length), CLM(), c.rows, c.length, pack=True, seed=c.seed)
+    rows = instructions([q.row for q in train], s.tok, c.length)
+    loader = Loader(rows, CLM(), c.rows, c.length, pack=True, seed=c.seed)
     Trainer(model, CLM(), loader, c.lr / 2, steps, optimizer=s.optimizer, bf16=s.bf16).fit()
     after = answered(model, held, s.tok, 16)
     often = {k: Counter(q.completion for q in train if q.kind == k).most_common(1)[0][0] for k in KINDS}

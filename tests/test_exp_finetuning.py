@@ -6,6 +6,7 @@ import torch
 
 from lmtrain.claims import of_arm
 from lmtrain.experiments import adapt, finetune_or_prompt, lora, symbol_tuning
+from lmtrain.finetuning import models
 from lmtrain.pretrained import Pretrained
 
 
@@ -78,13 +79,13 @@ def test_adapt_sees_no_names():
 def test_prompts_share_what_they_share():
     "A prefix read once gives what the whole prompt gives, for texts of several lengths; control: another prefix does not."
     texts = ["a b c d", "some text that is longer than the others", "x y z", "a numpy pandas networkx torch"] * 6
-    model, tok = finetune_or_prompt.known(.1, texts * 10)
+    model, tok = models.smollm2(texts * 10)
     torch.manual_seed(1)
     for p in model.net.parameters(): torch.nn.init.normal_(p, std=.3)                  # so that answers depend on the prompt
-    first = [finetune_or_prompt.ids_of(f" {name}", tok)[0] for name in finetune_or_prompt.LABELS]
+    first = [models.ids_of(f" {name}", tok)[0] for name in finetune_or_prompt.LABELS]
     assert len({*first}) == len(first)
     def whole(before: str) -> list[int]:
-        ids = [torch.tensor([finetune_or_prompt.ids_of(before, tok) + finetune_or_prompt.ids_of(finetune_or_prompt.asked(t), tok)]) for t in texts]
+        ids = [torch.tensor([models.ids_of(before, tok) + models.ids_of(finetune_or_prompt.asked(t), tok)]) for t in texts]
         return [int(model.net(input_ids=i).logits[0, -1, first].argmax()) for i in ids]
     some = ["", "Text: one two\nPackage: numpy\n\n", "zz zz zz zz zz zz"]
     for before in some: assert finetune_or_prompt.likeliest(model, before, texts, tok) == whole(before)
@@ -125,5 +126,5 @@ def test_symbols_verdict():
 
 
 def test_a_stand_in_is_of_the_same_kind():
-    model, tok = symbol_tuning.known(.1, ["a b"] * 20)
+    model, tok = models.smollm2(["a b"] * 20)
     assert isinstance(model, Pretrained) and model.causal and type(model.net).__name__ == "LlamaForCausalLM" and len(tok) <= 400

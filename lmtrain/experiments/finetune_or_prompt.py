@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['claim', 'LABELS', 'SHOTS', 'STEPS', 'sentences', 'drawn', 'asked', 'known', 'ids_of', 'likeliest', 'cost_of',
-           'prompted', 'taught', 'tuned', 'run', 'verdict', 'plot']
+__all__ = ['claim', 'LABELS', 'SHOTS', 'STEPS', 'sentences', 'drawn', 'asked', 'likeliest', 'cost_of', 'prompted', 'taught',
+           'tuned', 'run', 'verdict', 'plot']
 
 # %% ../../nbs/7_experiments/finetune_or_prompt.ipynb #imports-2
 import copy
@@ -19,7 +19,7 @@ from collections.abc import Sequence
 # %% ../../nbs/7_experiments/finetune_or_prompt.ipynb #imports-3
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 # %% ../../nbs/7_experiments/finetune_or_prompt.ipynb #imports-4
 from ..batch import Example
@@ -28,13 +28,13 @@ from ..corpora import corpus, held_out, python_docs
 from ..evaluate import Evaluate, held_loss
 from ..finetuning.economics import Cost, answer, break_even, train_lora
 from ..finetuning.lora import lora
-from ..finetuning.models import fetched
+from ..finetuning.models import ids_of, smollm2
 from ..loader import Loader
 from ..model import LM, Size, evaluating
 from ..objective import CLM
 from ..optim import adamw
 from ..pretrained import Pretrained
-from ..text import examples, load_tokenizer, train_bpe
+from ..text import examples
 from ..train import Trainer
 
 # %% ../../nbs/7_experiments/finetune_or_prompt.ipynb #claim
@@ -71,21 +71,7 @@ def drawn(by: Sequence[Sequence[str]], each: int, dice: random.Random) -> list[t
 
 def asked(text: str) -> str: return f"Text: {text}\nPackage:"
 
-# %% ../../nbs/7_experiments/finetune_or_prompt.ipynb #opened
-def known(size: float, texts: Sequence[str]) -> tuple[Pretrained, PreTrainedTokenizerFast]:
-    "SmolLM2; for a smoke run an untrained model of its kind."
-    if size >= 1: return Pretrained(path := str(fetched("smollm2"))), load_tokenizer(path)
-    tok = train_bpe(texts, 400)
-    torch.manual_seed(0)
-    c = LlamaConfig(vocab_size=len(tok), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-                    num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=1024)
-    return Pretrained(LlamaForCausalLM(c)), tok
-
 # %% ../../nbs/7_experiments/finetune_or_prompt.ipynb #likeliest
-def ids_of(text: str, tok: PreTrainedTokenizerFast) -> list[int]:
-    return list(tok(text, add_special_tokens=False)["input_ids"])
-
-
 def likeliest(model: Pretrained, before: str, texts: Sequence[str], tok: PreTrainedTokenizerFast) -> list[int]:
     "Which label each text gets after `before`, which is read once."
     labels = torch.tensor([ids_of(f" {name}", tok)[0] for name in LABELS])             # (C,)
@@ -158,7 +144,7 @@ def run(seed: int, size: float = 1.0) -> list[dict]:
     by, dice = sentences(), random.Random(seed)
     test = drawn(by["held"], 20 if size >= 1 else 2, dice)
     train = drawn(by["train"], 64 if size >= 1 else 8, dice)
-    model, tok = known(size, [t for t, _ in train])
+    model, tok = smollm2([t for t, _ in train] if size < 1 else None)
     plays = examples(corpus("shakespeare")["validation"]["text"][:1], tok, 128)[:8]
     few = []
     for k in range(4): few += dice.sample(group := [[s for s in train if s[1] == c][k] for c in range(4)], len(group))

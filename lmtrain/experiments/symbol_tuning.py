@@ -22,8 +22,8 @@ import torch
 from ..batch import Example, collate
 from ..claims import Claim, Verdict, in_words, of_arm, over_seeds, versus
 from ..corpora import Api, apis, coin
-from .finetune_or_prompt import ids_of, known
 from ..finetuning.lora import lora
+from ..finetuning.models import ids_of, smollm2
 from ..finetuning.questions import STDLIB
 from ..loader import Loader
 from ..model import evaluating
@@ -60,7 +60,7 @@ def about(a: Api) -> Iterator[tuple[str, str, int, tuple[str, str]]]:
     yield f"{package} example", text, ">>>" in a.doc, ("plain", "example")
     yield f"{package} name", last, "_" in last.strip("_"), ("word", "compound")
 
-
+# %% ../../nbs/7_experiments/symbol_tuning.ipynb #tasks-made
 def tasks(packages: Sequence[str], least: int = 20) -> list[Task]:
     "Every task that has at least so many texts of each class."
     found: dict[tuple, dict[str, int]] = defaultdict(dict)
@@ -131,7 +131,7 @@ def run(seed: int, size: float = 1.0) -> list[dict]:
         exams[name] = [episode(dice.choice(held), called, random.Random(f"{seed} {k}")) for k in range(n)]
     out = []
     for arm in ("untuned", *TUNED):
-        model, tok = known(size, [t for task in every for side in task.texts for t in side])
+        model, tok = smollm2([t for task in every for side in task.texts for t in side] if size < 1 else None)
         if arm in TUNED:
             torch.manual_seed(seed)
             rows = taught(tune, TUNED[arm], 8 * (steps := 12 if size >= 1 else 2), seed, tok)

