@@ -16,7 +16,8 @@ from lmtrain.checkpoint import Save, checkpoints
 from lmtrain.corpora import corpus
 from lmtrain.evaluate import bits_per_byte, interval, ngram_bits, row_bits
 from lmtrain.generation import distribution, generate
-from lmtrain.model import Size, Transformer
+from lmtrain.finetuning.questions import verifiable
+from lmtrain.model import Size, Transformer, load
 from lmtrain.objective import CLM, hide, logp, shift
 from lmtrain.settings import Scale
 from lmtrain.text import examples, train_bpe
@@ -326,3 +327,15 @@ def exact(go_on):
         for row in trainer.history.rows: row["seconds"] = pace
         return seen
     return planned
+
+
+def test_answers(story):
+    "The tuned copy is scored on questions whose words and numbers no training question has; the model that was saved is not the tuned one."
+    s = story[0]
+    found = s.facts["answers"]
+    assert found["questions"] > 300 and 0 <= found["before"] <= 1 and 0 <= found["after"] <= 1 and 0 < found["most_frequent"] < .5
+    asked = [*verifiable(400, TINY.seed, module.KINDS)]
+    assert found["questions"] == sum(q.held for q in asked) and not {q.prompt for q in asked if q.held} & {q.prompt for q in asked if not q.held}
+    assert "Answering questions" in [title for title, _ in s.sections]
+    saved = load(s.out / "model")[0].state_dict()
+    assert all(torch.equal(p, saved[n]) for n, p in s.model.cpu().state_dict().items())

@@ -89,7 +89,7 @@ def explore_costs():
     def draw(trained: int, shots: int, query: int, refreshes: int, cached: float) -> None:
         cost_lines(trained, shots, query, refreshes, cached); show()
     return interactive(draw, trained=IntSlider(15_360, 1_000, 100_000, 1_000), shots=IntSlider(256, 0, 4_096, 32),
-                       query=IntSlider(24, 1, 512), refreshes=IntSlider(1, 1, 50), cached=FloatSlider(1.0, 0, 1, 0.05))
+                       query=IntSlider(24, 1, 512), refreshes=IntSlider(1, 1, 50), cached=FloatSlider(value=1, min=0, max=1, step=0.05))
 
 # %% ../../nbs/2_finetuning/05_economics.ipynb #prices
 @dataclass(frozen=True)
