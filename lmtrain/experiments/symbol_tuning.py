@@ -39,7 +39,7 @@ claim = Claim(
     "Flan-PaLM of 8, 62 and 540 billion parameters, symbol-tuned on 22 data sets: better at in-context learning of "
     "eleven tasks without natural labels, and at exchanged labels, in which instruction tuning had made them worse "
     "than guessing (abstract, figures 1 and 5).",
-    "Not shown: 135 million parameters and 96 episodes are too few. With exchanged labels all models stay within .1 "
+    "Not shown: 135 million parameters and 64 episodes are too few. With exchanged labels all models stay within .1 "
     "of guessing, and tuning on natural labels makes following rarer.")
 
 # %% ../../nbs/7_experiments/symbol_tuning.ipynb #tasks
@@ -124,7 +124,7 @@ def run(seed: int, size: float = 1.0) -> list[dict]:
     "Untuned, tuned on natural labels, tuned on symbols; each asked in three ways. About five minutes."
     every = tasks((*STDLIB, "numpy", "pandas", "networkx") if size >= 1 else ("json", "random", "networkx"))
     held = [t for t in every if coin(t.name) < 0.25] or every[:1]
-    tune, n = [t for t in every if t not in held], 48 if size >= 1 else 4
+    tune, n = [t for t in every if t not in held], 32 if size >= 1 else 4
     exams = {}
     for name, called in WAYS.items():
         dice = random.Random(seed)                         # the same texts in each way, but for the labels
@@ -134,7 +134,7 @@ def run(seed: int, size: float = 1.0) -> list[dict]:
         model, tok = smollm2([t for task in every for side in task.texts for t in side] if size < 1 else None)
         if arm in TUNED:
             torch.manual_seed(seed)
-            rows = taught(tune, TUNED[arm], 8 * (steps := 12 if size >= 1 else 2), seed, tok)
+            rows = taught(tune, TUNED[arm], 8 * (steps := 8 if size >= 1 else 2), seed, tok)
             loader = Loader(rows, CLM(), 8, 320, seed=seed, pad=tok.pad_token_id or 0)
             Trainer(lora(model, 8, 16.0), CLM(), loader, 2e-3, steps, optimizer=adamw, bf16=False).fit()
         out += [{"arm": f"{arm}, {way}", "right": follows(model, asked, tok)} for way, asked in exams.items()]

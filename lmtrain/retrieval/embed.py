@@ -12,7 +12,7 @@ __all__ = ['MARK', 'Pool', 'POOLS', 'before_text', 'text_row', 'pair', 'mean', '
 # %% ../../nbs/3_retrieval/02_embed.ipynb #imports-2
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 import torch
 import torch.nn.functional as F
@@ -50,7 +50,8 @@ def text_row(text: str, tok: PreTrainedTokenizerFast, T: int, instruction: str =
 def pair(query: str, document: str, tok: PreTrainedTokenizerFast, T: int, wrong: Sequence[str] = (),
          instruction: str = "") -> list[Example]:
     "A query (role 0), its document (role 1), and documents that are wrong for it (roles 2, 3, ...)."
-    return [text_row(query, tok, T, instruction), *(text_row(d, tok, T) for d in (document, *wrong))]
+    rows = [text_row(query, tok, T, instruction), *(text_row(d, tok, T) for d in (document, *wrong))]
+    return [replace(e, facts={"role": n}) for n, e in enumerate(rows)]
 
 # %% ../../nbs/3_retrieval/02_embed.ipynb #pool
 Pool = Callable[[Tensor, Tensor], Tensor]
@@ -110,7 +111,8 @@ class InfoNCE(Objective):
     gather: bool = True
     of_tokens = False
 
-    def corrupt(self, b: Batch, noise: Noise) -> Batch: return both_ways(b) if self.full else b
+    def corrupt(self, b: Batch, noise: Noise) -> Batch:
+        return b.set(order=torch.where((b.role >= 0)[:, None], 0, b.order)) if self.full else b
 
     def count(self, b: Batch) -> dict[str, Tensor]: return {self.name: (b.role == 0).sum()}
 
