@@ -301,7 +301,8 @@ def test_symbols_are_those_of_the_notation():
     "Each symbol of a chapter's table is in the notation."
     known = (NBS / "notation.ipynb").read_text(encoding="utf-8")
     plain = {"x", "p", r"x_{<i}", r"x_{\le i}", "W", "A, B", "r", "s", r"\rho", "U", "h_i", "c_i", "Q^{*}", r"C_{\text{train}}", r"c_{\text{prompt}}, c_{\text{tuned}}", "n", "D",
-             r"\Delta", "h_q, h_d", r"\tau"}  # of a chapter alone
+             r"\Delta", "h_q, h_d", r"\tau", r"\lambda", "G",
+             r"\mathcal L_{\text{find}}"}  # of a chapter alone
     for name in {*PATHS} - OLD:
         formula = next((source(c) for c in cells_of(name) if c["id"] == "formula"), "")
         for s in re.findall(r"(?m)^\| \$(.+?)\$ \|", formula):

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['WRITE', 'written_row', 'GRIT', 'RagCache', 'prefix_order', 'moved', 'beside', 'PrefixReader']
+__all__ = ['WRITE', 'written_row', 'GRIT', 'RagCache', 'prefix_order', 'found_rows', 'moved', 'beside', 'PrefixReader']
 
 # %% ../../nbs/3_retrieval/04_grit.ipynb #imports-2
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from ..model import LM, Cache, Transformer, evaluating, joined, on, rotate, rota
 from ..objective import CLM, Objective, shift
 from .embed import InfoNCE
 
-# %% ../../nbs/3_retrieval/04_grit.ipynb #grit
+# %% ../../nbs/3_retrieval/04_grit.ipynb #written
 WRITE = -1  # the role of a row that is written
 
 
@@ -26,7 +26,7 @@ def written_row(e: Example) -> Example:
     "A row whose answer the model must write."
     return replace(e, facts={**e.facts, "role": WRITE})
 
-
+# %% ../../nbs/3_retrieval/04_grit.ipynb #grit
 @dataclass
 class GRIT(InfoNCE):
     """InfoNCE on rows that are embedded, next tokens on rows that are written, in one batch. Muennighoff et al. (2024).
@@ -87,11 +87,6 @@ class RagCache:
         "Where each row goes on."
         return torch.where(self.columns.doc > 0, self.columns.pos, -1).amax(1) + 1
 
-    def rows(self, which: Sequence[int] | Tensor) -> RagCache:
-        "Some rows, perhaps several times: the documents that were found for each question."
-        at = torch.as_tensor(which)
-        return RagCache(self.columns[at], {m: (k[at], v[at]) for m, (k, v) in self.seen.items()})
-
     def reader(self) -> Cache:
         "A cache to read on from; this one stays as it is."
         cache = Cache()
@@ -104,13 +99,16 @@ class RagCache:
         at = self.lengths[:, None] + b.doc_pos                                         # (B,T)
         return b.set(order=at + 1).with_extra(pos=at)
 
-    @property
-    def nbytes(self) -> int: return sum(t.numel() * t.element_size() for kv in self.seen.values() for t in kv)
-
 # %% ../../nbs/3_retrieval/04_grit.ipynb #prefix-order
 def prefix_order(b: Batch, n: Tensor) -> Batch:
     "The first `n` (B,) tokens of each row read in both directions, the rest causally."
     return b.set(order=torch.where(b.doc_pos < n[:, None], 0, b.doc_pos + 1))          # (B,T)
+
+# %% ../../nbs/3_retrieval/04_grit.ipynb #found-rows
+def found_rows(c: RagCache, which: Sequence[int] | Tensor) -> RagCache:
+    "Some rows of a cache, in this order."
+    at = torch.as_tensor(which)                                                        # (Q,)
+    return RagCache(c.columns[at], {m: (k[at], v[at]) for m, (k, v) in c.seen.items()})
 
 # %% ../../nbs/3_retrieval/04_grit.ipynb #beside
 def moved(c: RagCache, by: Tensor, theta: float) -> RagCache:
