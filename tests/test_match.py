@@ -7,7 +7,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lmtrain.retrieval.match import LONGEST, Verdict, classify, from_json, match_call, signature_of
+from lmtrain.retrieval.match import LONGEST, Match, classify, from_json, match_call, signature_of
 
 HUB = "(repo_or_dir, model, *args, source='github', trust_repo=None, force_reload=False, verbose=True, skip_validation=False, **kwargs)"
 PRE = "(pretrained_model_name_or_path, *inputs, revision='main', **kwargs)"
@@ -148,7 +148,7 @@ def test_any_text(text, gold):
     try: v = judged(text, gold)
     finally: ON[0] = False
     COUNT[0] += 1; COUNT[1] += v.kind != "no parse"; COUNT[2] += bool(v)
-    assert isinstance(v, Verdict) and not EVENTS, EVENTS
+    assert isinstance(v, Match) and not EVENTS, EVENTS
 
 
 def test_any_text_was_many_texts():

@@ -88,8 +88,10 @@ def explore_costs():
     from matplotlib.pyplot import show
     def draw(trained: int, shots: int, query: int, refreshes: int, cached: float) -> None:
         cost_lines(trained, shots, query, refreshes, cached); show()
-    return interactive(draw, trained=IntSlider(15_360, 1_000, 100_000, 1_000), shots=IntSlider(256, 0, 4_096, 32),
-                       query=IntSlider(24, 1, 512), refreshes=IntSlider(1, 1, 50), cached=FloatSlider(value=1, min=0, max=1, step=0.05))
+    dial = lambda value, low, high, step: IntSlider(value=value, min=low, max=high, step=step)
+    return interactive(draw, trained=dial(15_360, 1_000, 100_000, 1_000), shots=dial(256, 0, 4_096, 32),
+                       query=dial(24, 1, 512, 1), refreshes=dial(1, 1, 50, 1),
+                       cached=FloatSlider(value=1, min=0, max=1, step=0.05))
 
 # %% ../../nbs/2_finetuning/05_economics.ipynb #prices
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['WRITE', 'written_row', 'GRIT', 'RagCache', 'prefix_order', 'found_rows', 'moved', 'beside', 'PrefixReader']
+__all__ = ['WRITE', 'written_row', 'GRIT', 'RagCache', 'prefix_order', 'found_rows', 'turned', 'beside', 'PrefixReader']
 
 # %% ../../nbs/3_retrieval/04_grit.ipynb #imports-2
 from collections.abc import Sequence
@@ -111,7 +111,7 @@ def found_rows(c: RagCache, which: Sequence[int] | Tensor) -> RagCache:
     return RagCache(c.columns[at], {m: (k[at], v[at]) for m, (k, v) in c.seen.items()})
 
 # %% ../../nbs/3_retrieval/04_grit.ipynb #beside
-def moved(c: RagCache, by: Tensor, theta: float) -> RagCache:
+def turned(c: RagCache, by: Tensor, theta: float) -> RagCache:
     "The same texts `by` (B,) positions later."
     def turn(k: Tensor) -> Tensor:
         cos, sin = rotations(by[:, None].expand(-1, k.shape[2]), k.shape[3], theta)    # (B,1,S,hd) each
@@ -122,7 +122,7 @@ def moved(c: RagCache, by: Tensor, theta: float) -> RagCache:
 
 def beside(first: RagCache, second: RagCache, theta: float) -> RagCache:
     "Two texts read apart, the second moved behind the first. Sun et al. (2024) turn keys in the same way."
-    second = moved(second, first.lengths, theta)
+    second = turned(second, first.lengths, theta)
     both = {m: (torch.cat([k, second.seen[m][0]], 2), torch.cat([v, second.seen[m][1]], 2))
             for m, (k, v) in first.seen.items()}
     return RagCache(joined(first.columns, second.columns), both)

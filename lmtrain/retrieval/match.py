@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['LONGEST', 'Verdict', 'Refused', 'parsed', 'dotted', 'evaluated_parts', 'typed', 'literal', 'bindings', 'Names',
+__all__ = ['LONGEST', 'Match', 'Refused', 'parsed', 'dotted', 'evaluated_parts', 'typed', 'literal', 'bindings', 'Names',
            'CallReader', 'default', 'bound_to', 'signature_of', 'from_json', 'Wanted', 'match_call', 'judged_calls',
            'classify']
 
@@ -24,7 +24,7 @@ LONGEST = 20_000  # characters: what is longer is not read
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Match:
     "`kind` is match, no parse, no call, function, arguments or ambiguous; true if it is a match."
     kind: str
     reason: str
@@ -36,7 +36,7 @@ class Refused(Exception):
     "Why a text is no answer."
     def __init__(self, kind: str, reason: str):
         super().__init__(reason)
-        self.verdict = Verdict(kind, reason)
+        self.verdict = Match(kind, reason)
 
 # %% ../../nbs/3_retrieval/03_match.ipynb #parse
 def parsed(text: str) -> ast.Module:
@@ -252,7 +252,7 @@ class Wanted:
 
 # %% ../../nbs/3_retrieval/03_match.ipynb #match
 def match_call(said: str, gold: str, signatures: Mapping[str, Signature] | None = None,
-               aliases: Mapping[str, str] | None = None) -> Verdict:
+               aliases: Mapping[str, str] | None = None) -> Match:
     """Does the text `said` make the call `gold`? Parsed with `ast`, never executed, and no text raises.
 
     The function's full name must be equal behind `aliases`, imports and plain assignments; arguments are compared as
@@ -261,13 +261,13 @@ def match_call(said: str, gold: str, signatures: Mapping[str, Signature] | None 
     want = Wanted.of(gold, signatures or {}, aliases or {})
     try: return judged_calls(parsed(said), want, signatures or {}, aliases or {})
     except Refused as e: return e.verdict
-    except (RecursionError, MemoryError): return Verdict("no parse", "too deeply nested")
+    except (RecursionError, MemoryError): return Match("no parse", "too deeply nested")
 
 
-def judged_calls(tree: ast.Module, want: Wanted, signatures: Mapping, aliases: Mapping) -> Verdict:
+def judged_calls(tree: ast.Module, want: Wanted, signatures: Mapping, aliases: Mapping) -> Match:
     "The verdict on all calls of a text. Raises Refused."
     reader = CallReader(Names.of(tree, aliases), signatures)
-    ours, others, lost = list[ast.Call](), list[str](), list[Verdict]()
+    ours, others, lost = list[ast.Call](), list[str](), list[Match]()
     for n in evaluated_parts(tree):
         if not isinstance(n, ast.Call): continue
         try: f = reader.function(n)
@@ -275,12 +275,12 @@ def judged_calls(tree: ast.Module, want: Wanted, signatures: Mapping, aliases: M
         if f == want.function: ours.append(n)
         else: others.append(str(f))
     if not ours:
-        if not others and not lost: return Verdict("no call", "the text calls nothing")
-        return lost[0] if lost else Verdict("function", f"calls {', '.join(others)[:200]}, not {want.function}")
+        if not others and not lost: return Match("no call", "the text calls nothing")
+        return lost[0] if lost else Match("function", f"calls {', '.join(others)[:200]}, not {want.function}")
     faults = {id(n): want.fault(reader, n) for n in ours}
     inside = {id(c) for n in ours if not faults[id(n)] for c in ast.walk(n) if c is not n}
     wrong = [f for i, f in faults.items() if f and i not in inside]
-    return Verdict("arguments", wrong[0]) if wrong else Verdict("match", "the same function and arguments")
+    return Match("arguments", wrong[0]) if wrong else Match("match", "the same function and arguments")
 
 # %% ../../nbs/3_retrieval/03_match.ipynb #classify
 def classify(said: str, gold: str, catalogue: Mapping[str, Signature], aliases: Mapping[str, str] | None = None) -> str:
