@@ -36,6 +36,7 @@ class Inputs:
     window: int | None = None     # how near is near: |i - j| < window
     kinds: tuple[str, ...] = ()   # of its layers: full_attention, sliding_attention
     left: bool = False            # does it make the mask of a plainly causal batch itself?
+    segments: bool = False        # does it tell two texts of a row apart, by a column `segment`?
 
     @classmethod
     def of(cls, net: PreTrainedModel) -> Inputs:
@@ -46,7 +47,9 @@ class Inputs:
         kinds = tuple(sorted({*(getattr(config, "layer_types", None) or ())}))
         if window and not kinds and getattr(config, "use_sliding_window", True): kinds = ("sliding_attention",)
         both_ways = "MaskedLM" in type(net).__name__       # there `sliding_window` is the distance to either side
-        return cls(net.dtype, 0 if padding is None else padding + 1, window and window + both_ways, kinds)
+        table = getattr(getattr(net.base_model, "embeddings", None), "token_type_embeddings", None)
+        return cls(net.dtype, 0 if padding is None else padding + 1, window and window + both_ways, kinds,
+                   segments=table is not None)
 
     def mask(self, b: Batch) -> Any:
         "What is added to the scores: (B,1,T,T), or one for each kind of layer; or which tokens are real: (B,T)."
@@ -60,7 +63,8 @@ class Inputs:
 
     def __call__(self, b: Batch) -> dict[str, Any]:
         "The arguments of a forward: ids (B,T), attention mask, positions (B,T)."
-        return {"input_ids": b.ids, "attention_mask": self.mask(b), "position_ids": b.pos + self.first}
+        kinds = {"token_type_ids": b.extra["segment"]} if self.segments and "segment" in b.extra else {}  # (B,T)
+        return {"input_ids": b.ids, "attention_mask": self.mask(b), "position_ids": b.pos + self.first, **kinds}
 
 # %% ../nbs/0_core/06_pretrained.ipynb #room
 def position_table(net: PreTrainedModel) -> nn.Embedding | None:
