@@ -8,7 +8,7 @@ import torch
 
 from lmtrain.batch import Example, collate
 from lmtrain.claims import of_arm, over_seeds, versus
-from lmtrain.evaluate import choose, encoded, exact_match, interval, likelihood, minimal_pairs, pseudo_likelihood
+from lmtrain.evaluate import choose, encoded, exact_match, interval, likelihood, minimal_pairs, pseudo_likelihood, wilson
 from lmtrain.model import Size, Transformer, to_transformers
 from lmtrain.text import examples, train_bpe
 
@@ -152,3 +152,13 @@ def test_few_documents_are_shown_one_by_one(tok, model, pages):
     assert math.isnan(low) and math.isnan(high) and mean == pytest.approx(bits[:9].sum() / sizes[:9].sum(), rel=1e-5)
     told = between(bits[:2], sizes[:2])
     assert told == f"2 documents are too few for an interval: {bits[0] / sizes[0]:.3f}, {bits[1] / sizes[1]:.3f}"
+
+
+@pytest.mark.parametrize("right, n, level", [(0, 10, .95), (10, 10, .95), (3, 7, .9), (512, 1000, .99)])
+def test_interval_of_a_share(right, n, level):
+    "As scipy has it; a share that is none is refused."
+    from scipy.stats import binomtest
+    want = binomtest(right, n).proportion_ci(level, method="wilson")
+    assert wilson(right, n, level) == pytest.approx((right / n, want.low, want.high), abs=1e-12)
+    for wrong in ((3, 2), (-1, 4), (0, 0)):
+        with pytest.raises(ValueError, match="no share"): wilson(*wrong)

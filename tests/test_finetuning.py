@@ -19,7 +19,7 @@ from lmtrain.finetuning.adapt import Replayed, Supervised, accuracy, labelled
 from lmtrain.finetuning.economics import Cost, Prices, answer, break_even, train_lora
 from lmtrain.finetuning.instruct import DFT, NEFTune, check_template, completion, fitted, instructions, messages
 from lmtrain.finetuning.lora import MAPS, LoRA, adapter_off, adapters, load_adapter, lora, merge, save_adapter
-from lmtrain.finetuning.questions import OF_LISTS, OF_PAIRS, built_in, doc_section, parameters, raised, verifiable
+from lmtrain.finetuning.questions import OF_LISTS, OF_PAIRS, Question, answered, built_in, doc_section, parameters, raised, share_right, verifiable
 from lmtrain.generation import generate
 from lmtrain.loader import Loader
 from lmtrain.model import Size, Transformer, load, save, to_transformers, with_heads
@@ -560,3 +560,28 @@ def gguf_bytes() -> list[str]:
     "The letters that byte-level BPE writes bytes as."
     from tokenizers import pre_tokenizers
     return [*pre_tokenizers.ByteLevel.alphabet(), "ab"]
+
+
+def test_cost_lines_cross_where_they_say():
+    "The title's number is the break-even point, and the two lines have one value there; where nothing is saved they never cross."
+    from lmtrain.finetuning.economics import cost_lines
+    fig = cost_lines(trained=1000, shots=100, query=10, refreshes=2, cached=.5)
+    ax = fig.axes[0]
+    paid = 3 * 1000 * 2 / 50
+    assert f"after {paid:,.0f} questions" in ax.get_title()
+    at = [line.get_ydata()[0] + (line.get_ydata()[1] - line.get_ydata()[0]) * paid / line.get_xdata()[1] for line in ax.lines[:2]]
+    assert at[0] == pytest.approx(at[1])
+    assert cost_lines(shots=0).axes[0].get_title() == "tuning never pays"
+
+
+def test_answers_are_what_the_model_writes(bpe):
+    "As generate on the chat's tokens, up to EOS; right answers are counted as Question counts them."
+    m, asked = sharp(bpe), [*verifiable(4, 0, ("first", "larger"))]
+    said = answered(m, asked, bpe, 6)
+    for q, (text, ended) in zip(asked, said, strict=True):
+        ids = bpe.apply_chat_template([{"role": "user", "content": q.prompt}], add_generation_prompt=True, return_dict=True)["input_ids"]
+        t = generate(m, [list(ids)], 6, temperature=0., eos=bpe.eos_token_id)
+        new = t.ids[0][t.when[0] > 0].tolist()
+        assert text == bpe.decode(new, skip_special_tokens=True) and ended == (bpe.eos_token_id in new)
+    told = [Question(q.prompt, text.strip(), q.kind, q.held) for q, (text, _) in zip(asked, said, strict=True)]
+    assert share_right(m, told, bpe, 6) == 1 and share_right(m, [Question(q.prompt, "§", q.kind, q.held) for q in told], bpe, 6) == 0
