@@ -314,7 +314,7 @@ def answering(s: Story) -> None:
 # %% ../nbs/8_tour/03_tour.ipynb #answering-table
 def answer_table(asked: Sequence[Question], before: Sequence, after: Sequence, facts: dict) -> str:
     "Some questions with both answers, as a piece of HTML."
-    body = "".join(f"<tr><td>{escape(q.prompt)}<td><pre>{escape(a[:60])}</pre><td>{'<b>' * q.right(z)}"
+    body = "".join(f"<tr><td>{escape(q.prompt)}<td>{escape(' '.join(a.split())[:60])}<td>{'<b>' * q.right(z)}"
                    f"{escape(z[:60])}{'</b>' * q.right(z)}<td>{escape(q.completion)}"
                    for q, (a, _), (z, _) in zip(asked, before, after, strict=True))
     return (f"<p>{facts['before']:.0%} of {facts['questions']} held-out questions are right before {facts['steps']} "
