@@ -1182,6 +1182,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                  'lmtrain/retrieval/search.py'),
                                           'lmtrain.retrieval.search.content_key': ( '3_retrieval/search.html#content_key',
                                                                                     'lmtrain/retrieval/search.py'),
+                                          'lmtrain.retrieval.search.docstring_pairs': ( '3_retrieval/search.html#docstring_pairs',
+                                                                                        'lmtrain/retrieval/search.py'),
                                           'lmtrain.retrieval.search.faiss_index': ( '3_retrieval/search.html#faiss_index',
                                                                                     'lmtrain/retrieval/search.py'),
                                           'lmtrain.retrieval.search.gathered': ( '3_retrieval/search.html#gathered',

@@ -19,7 +19,7 @@ from lmtrain.model import Size, Transformer
 from lmtrain.pretrained import Pretrained
 from lmtrain.retrieval import embed as module
 from lmtrain.retrieval.embed import POOLS, InfoNCE, both_ways, embed, pair, save_embedder, text_row, vectors_of
-from lmtrain.retrieval.search import BM25, Index, Sides, content_key, faiss_index, measures
+from lmtrain.retrieval.search import BM25, Index, Sides, content_key, docstring_pairs, faiss_index, measures
 from lmtrain.text import train_bpe
 from lmtrain.train import Trainer
 
@@ -275,3 +275,13 @@ def test_memory_hardly_grows_with_negatives():
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t): o.loss(m, b)
         return sum(kept.values())
     assert held(256, None) > 6 * held(32, None) and held(256, 32) < .1 * held(256, None)
+
+
+def test_sentences_and_their_documents():
+    "A sentence is not in its document, is on one side, and always on the same; about the share is held out (exact test, p > .001)."
+    from scipy.stats import binomtest
+    train, held = docstring_pairs(packages := ["json", "random", "statistics", "networkx"], .2)
+    assert not any(q in d for q, d in train + held) and len({q for q, _ in train + held}) == len(train + held) > 200
+    assert binomtest(len(held), len(train + held), .2).pvalue > .001
+    more, rest = docstring_pairs(packages, .4)
+    assert {q for q, _ in held} < {q for q, _ in rest} and {*more} < {*train}

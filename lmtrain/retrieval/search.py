@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['Index', 'measures', 'content_key', 'ranks', 'Gathered', 'gathered', 'Sides', 'BM25', 'faiss_index']
+__all__ = ['docstring_pairs', 'Index', 'measures', 'content_key', 'ranks', 'Gathered', 'gathered', 'Sides', 'BM25', 'faiss_index']
 
 # %% ../../nbs/3_retrieval/01_search.ipynb #imports-2
 import math
@@ -17,6 +17,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from ..batch import Batch, mix
+from ..corpora import apis, coin
+
+# %% ../../nbs/3_retrieval/01_search.ipynb #docstring-pairs
+def docstring_pairs(packages: Sequence[str], share: float = 0.12
+                    ) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    "(first sentence, the rest with its module) for functions installed here: to learn from, and held out."
+    found: dict[str, str] = {}
+    for a in apis(packages):
+        rest = a.doc.strip()[len(a.about):].strip()
+        if 20 <= len(a.about) <= 160 and len(rest) >= 60:
+            found.setdefault(a.about, f"{a.name.rsplit('.', 1)[0]}: {rest[:400]}")
+    train, held = ([p for p in found.items() if (coin(p[0]) < share) == side] for side in (False, True))
+    return train, held
 
 # %% ../../nbs/3_retrieval/01_search.ipynb #index
 class Index:
