@@ -26,7 +26,7 @@ def docstring_pairs(packages: Sequence[str], share: float = 0.12
     found: dict[str, str] = {}
     for a in apis(packages):
         rest = a.doc.strip()[len(a.about):].strip()
-        if 20 <= len(a.about) <= 160 and len(rest) >= 60:
+        if 20 <= len(a.about) <= 160 and len(rest) >= 60 and a.about not in " ".join(rest.split()):
             found.setdefault(a.about, f"{a.name.rsplit('.', 1)[0]}: {rest[:400]}")
     train, held = ([p for p in found.items() if (coin(p[0]) < share) == side] for side in (False, True))
     return train, held
