@@ -297,7 +297,7 @@ def test_chunks_of_logits_change_nothing(monkeypatch, temperature, forbid):
             return out
     torch.manual_seed(0)
     V = 5000
-    model = Transformer(Size(V, 16, 2, layers=1, length=256))
+    model = Transformer(Size(V, 16, 2, layers=1, length=256)).double()                 # sums over positions are then no rounding of 1e-6
     for p in model.parameters(): p.data *= 4
     def run(rows: int) -> tuple[torch.Tensor, list[torch.Tensor], int]:
         b = shift(collate([Example(torch.randint(V, (256,), generator=torch.Generator().manual_seed(i)).tolist()) for i in range(rows)]))
