@@ -39,13 +39,15 @@ def hide(b: Batch, hit: Tensor, mask_id: int) -> Batch:
 CHUNK = 2**24  # logits that are held at once, 64 MB of them
 
 
-def nll(model: LM, b: Batch, forbid: tuple[int, ...] = (), temperature: float = 1.0) -> Tensor:
+def nll(model: LM, b: Batch, forbid: tuple[int, ...] = (), temperature: float = 1.0,
+        states: Tensor | None = None) -> Tensor:
     """Negative log-likelihood in nats of the target at each of `b.loss_positions`; 0 at its filling. (N,) float.
 
-    Logits are made in chunks and, if there are several, made again for the gradient instead of being kept.
+    `states` (B,T,D) are the hidden states, if they are known. Logits are made in chunks and, if there are several, made
+    again for the gradient instead of being kept.
     """
     b = on(model, b)
-    h = model(b).flatten(0, 1)[b.loss_positions]                                       # (N,D)
+    h = (model(b) if states is None else states).flatten(0, 1)[b.loss_positions]       # (N,D)
     targets = b.targets.flatten()[b.loss_positions].masked_fill(b.loss_positions < 0, -100)  # (N,)
     def costs(h: Tensor, targets: Tensor) -> Tensor:
         logits = model.head(h).float()                                                 # (n,V)

@@ -138,3 +138,15 @@ def test_a_model_without_segments_ignores_the_column():
     m = Transformer(Size(len(TOK), 32, 2, layers=1, length=64))
     b = collate([PAIRS(Example([0], index=3), Noise())])
     assert torch.equal(m(b), m(b.with_extra(segment=torch.zeros_like(b.extra["segment"]))))
+
+
+def test_the_model_is_run_once():
+    "Both terms come from one pass. Control: the two passes that they would take apart are counted as two."
+    torch.manual_seed(0)
+    m, runs = with_heads(Transformer(Size(len(TOK), 32, 2, layers=1, length=64)), relation=3), []
+    m.register_forward_hook(lambda *_: runs.append(1))
+    b = next(iter(Loader(PAIRS.items(), O, rows=4, T=48, change=PAIRS)))
+    O.loss(m, b)
+    assert len(runs) == 1
+    MLM(TOK.mask_token_id, regular_ids(TOK), rate=.15).loss(m, b); relation_logits(m, m(b)[O.first(b)])
+    assert len(runs) == 3

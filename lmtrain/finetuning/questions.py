@@ -16,6 +16,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from random import Random
+from typing import cast
 from transformers import PreTrainedTokenizerFast
 from ..corpora import Api, apis, coin, near_duplicates
 from ..generation import generate
@@ -166,9 +167,8 @@ def built_in(n: int = 300, seed: int = 0, packages: Sequence[str] = (*STDLIB, *L
 def answered(model: LM, questions: Sequence[Question], tok: PreTrainedTokenizerFast, new: int = 32
              ) -> list[tuple[str, bool]]:
     "What a causal model says greedily to each question, in at most `new` tokens, and whether it ended by itself."
-    asked = [tok.apply_chat_template([{"role": "user", "content": q.prompt}], tokenize=False,
-                                     add_generation_prompt=True) for q in questions]
-    ids = [list(tok(text, add_special_tokens=False)["input_ids"]) for text in asked]
+    chats = [[{"role": "user", "content": q.prompt}] for q in questions]
+    ids = cast(dict, tok.apply_chat_template(chats, add_generation_prompt=True, return_dict=True))["input_ids"]
     trace = generate(model, ids, new, temperature=0.0, eos=tok.eos_token_id)
     said = [r[w > 0].tolist() for r, w in zip(trace.ids, trace.when, strict=True)]
     return [(str(tok.decode(s, skip_special_tokens=True)), tok.eos_token_id in s) for s in said]

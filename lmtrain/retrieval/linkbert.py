@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import BertConfig, BertModel, BertPreTrainedModel, PreTrainedTokenizerFast
+from transformers.modeling_outputs import MaskedLMOutput
 from transformers.models.bert.modeling_bert import BertOnlyMLMHead
 from ..batch import Batch, Example, Noise
 from ..corpora import Links
@@ -120,10 +121,12 @@ class LinkMLM(MLM):
 
     def loss(self, model: LM, b: Batch) -> dict[str, Tensor]:
         b = on(model, b)
-        out = {self.name: (b.weights.flatten()[b.loss_positions] * nll(model, b, self.forbid)).sum()}
+        h = model(b)                                                                   # (B,T,D)
+        cost = nll(model, b, self.forbid, states=h)                                    # (N,)
+        out = {self.name: (b.weights.flatten()[b.loss_positions] * cost).sum()}
         if not self.weight: return out
         f = self.first(b)                                                              # (B,T)
-        z = relation_logits(model, model(b)[f])                                        # (R,3)
+        z = relation_logits(model, h[f])                                               # (R,3)
         return {**out, "relation": self.weight * F.cross_entropy(z, b.extra["relation"][f], reduction="sum")}
 
 
@@ -149,7 +152,6 @@ class BertForLinksMaskedLM(BertPreTrainedModel):
     def set_output_embeddings(self, new): self.cls.predictions.decoder = new
 
     def forward(self, input_ids: Tensor, **inputs: Any):
-        from transformers.modeling_outputs import MaskedLMOutput
         return MaskedLMOutput(logits=self.cls(self.bert(input_ids=input_ids, **inputs)[0]))  # (B,T,V)
 
 
